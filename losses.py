@@ -1,0 +1,122 @@
+"""Losses of the Sphere Encoder, one function per equation. SE Sec. 2.3.
+
+Images come in [-1, 1] and are compared in [0, 1]: there smooth L1 with beta 1 is half the squared error, which is
+what the weights of the released presets (25 and 50) are made for. Distances and means are float32 whatever autocast
+does; only the perceptual network may run in bf16.
+"""
+
+import os
+import urllib.error
+import warnings
+
+import torch
+from torch.nn import functional as F
+
+from spherify import add_noise, at_least_float32, spherify
+
+WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")    # the order of all weights
+
+
+def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
+    """Smooth L1 and perceptual distance of D(v_noisy) to the real image. SE Eq. 7.
+
+    x_noisy     [B, 3, H, W]  D(v_noisy), in [-1, 1]
+    x           [B, 3, H, W]  the real image, in [-1, 1]
+    perceptual  callable on two such images giving one distance per image, or None
+    returns     (smooth L1, perceptual) scalars; perceptual is 0 without a network
+    """
+    return _smooth_l1(x_noisy, x), _perceptual(perceptual, x_noisy, x)
+
+
+def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
+    """Smooth L1 and perceptual distance of D(v_NOISY) to D(v_noisy), which is a fixed target. SE Eq. 8.
+
+    x_NOISY     [B, 3, H, W]  D(v_NOISY), in [-1, 1]
+    x_noisy     [B, 3, H, W]  D(v_noisy), detached here: without sg(.) the sharp image would learn to match the blurred
+    returns     (smooth L1, perceptual) scalars, as pixel_reconstruction_loss
+    """
+    target = x_noisy.detach()
+    return _smooth_l1(x_NOISY, target), _perceptual(perceptual, x_NOISY, target)
+
+
+def latent_consistency_loss(v, z_NOISY, eps=1e-6):
+    """1 - cosine similarity of E(D(v_NOISY)) and the clean latent, each one vector of length L. SE Eq. 9.
+
+    v        [B, N, d]  clean latent, on the sphere or not (the cosine does not see the radius). Detached here: Eq. 9
+                        writes no sg(.), the released code has one; the gradient reaches the encoder's second pass
+                        and, through the image, the decoder
+    z_NOISY  [B, N, d]  E(D(v_NOISY))
+    returns  scalar, mean over the batch
+    """
+    with torch.autocast(v.device.type, enabled=False):
+        v, z_NOISY = at_least_float32(v.detach()).flatten(1), at_least_float32(z_NOISY).flatten(1)    # [B, L]
+        return (1 - F.cosine_similarity(v, z_NOISY, dim=1, eps=eps)).mean()
+
+
+def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None):
+    """The training objective: one batch through E, f, D and E again, and the weighted sum of Eq. 7-9. SE Eq. 10.
+
+    model       SphereEncoder
+    x           [B, 3, H, W]  real images in [-1, 1]
+    y           [B] or [4, B] classes; four rows are those of the four passes E(x), D(v_NOISY), D(v_noisy) and
+                              E(D(v_NOISY)), so that class dropout can be independent in each
+    sigma       [B]           noise magnitude of v_NOISY
+    sigma_sub   [B]           noise magnitude of v_noisy
+    e           [B, N, d]     Gaussian noise, the same for both
+    weights     of WEIGHT_NAMES, in that order; a pass that only zero weights would use is not computed
+    perceptual  see pixel_reconstruction_loss
+    returns     loss, {name: unweighted part}; the parts are detached and stay on the device
+    """
+    recon_l1, recon_perceptual, con_l1, con_perceptual, lat_con = weights
+    y_clean, y_NOISY, y_noisy, y_again = y if y.ndim == 2 else [y] * 4
+    zero = x.new_zeros(())
+    parts = dict.fromkeys(WEIGHT_NAMES, zero)
+
+    v = spherify(model.encode(x, y_clean))                                                            # Eq. 1
+    v_noisy = add_noise(v, sigma_sub, e)                                                              # Eq. 6
+    if any((con_l1, con_perceptual, lat_con)):
+        v_NOISY = add_noise(v, sigma, e)                                                              # Eq. 4
+        both = model.decode(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy]))
+        x_NOISY, x_noisy = both.chunk(2)
+    else:
+        x_noisy = model.decode(v_noisy, y_noisy)
+
+    parts["recon_l1"], parts["recon_perceptual"] = pixel_reconstruction_loss(
+        x_noisy, x, perceptual if recon_perceptual else None)
+    if con_l1 or con_perceptual:
+        parts["con_l1"], parts["con_perceptual"] = pixel_consistency_loss(
+            x_NOISY, x_noisy, perceptual if con_perceptual else None)
+    if lat_con:
+        parts["lat_con"] = latent_consistency_loss(v, model.encode(x_NOISY, y_again))
+
+    loss = sum((weight * parts[name] for name, weight in zip(WEIGHT_NAMES, weights) if weight), zero)
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def lpips_vgg(random_trunk=False):
+    """LPIPS with the VGG trunk, frozen: the perceptual distance of SE Sec. 2.3, from the package lpips.
+
+    random_trunk  use untrained trunk weights: no download, for tests only
+    returns       a module on two images in [-1, 1], at least 16 pixels wide and high, giving [B, 1, 1, 1]
+    Raises FileNotFoundError if the trunk's weights are neither cached nor to be downloaded.
+    """
+    import lpips
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torchvision")      # lpips 0.1.4 uses its old argument names
+            network = lpips.LPIPS(net="vgg", pnet_rand=random_trunk, verbose=False)
+    except urllib.error.URLError as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
+        raise FileNotFoundError(
+            f"LPIPS needs torchvision's VGG16 weights and could not download them ({error.reason}); place "
+            f"https://download.pytorch.org/models/vgg16-397923af.pth at {place}, or use --perceptual none") from None
+    return network.requires_grad_(False).eval()
+
+
+def _smooth_l1(a, b):
+    with torch.autocast(a.device.type, enabled=False):
+        return F.smooth_l1_loss(at_least_float32(a) / 2, at_least_float32(b) / 2)     # [-1, 1] differs from [0, 1] by / 2
+
+
+def _perceptual(network, a, b):
+    return a.new_zeros(()) if network is None else network(a, b).float().mean()

@@ -1,0 +1,391 @@
+"""Networks: the Sphere Encoder's ViT encoder and decoder with their MLP-Mixers. SE Sec. 2.4.
+
+What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system. Parameter
+names under `encoder.` and `decoder.` follow the released checkpoints.
+
+    x  [B, 3, H, W]  image in [-1, 1]           y  [B] int64 class, K = num_classes is the null class
+    z  [B, N, d]     Euclidean latent           v  [B, N, d]  latent on the sphere
+    N = h * w tokens, h = H / P, w = W / P, W below also the width of the transformer
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spherify import angle_to_sigma, at_least_float32
+
+# (width, depth, heads) of encoder or decoder; the released system's table. Paper: Base, Large and XLarge.
+SIZES = {
+    "small": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "xlarge": (1152, 28, 16),
+    "huge": (1280, 32, 16),
+    "giant": (1664, 40, 16),
+}
+NORM_EPS = 1e-6         # of every RMSNorm
+ROPE_THETA = 10000.0    # base of the RoPE frequencies, and of the sin-cos table
+CONV_HEAD_CHANNELS = 32
+
+
+class SphereEncoder(nn.Module):
+    """Encoder E and decoder D of the Sphere Encoder. SE Sec. 2.1, 2.4.
+
+    image_size    pixels, an int or (H, W)
+    patch_size    P, divides H and W
+    latent_dim    d, channels of a token; L = (H / P) (W / P) d
+    num_classes   K; 0 makes an unconditional model, which has no class tables and no AdaLN
+    encoder_size, decoder_size   a name of SIZES or a (width, depth, heads) triple
+    mixer_depth   blocks of each MLP-Mixer; 0 leaves the mixers and their norms out
+    pixel_head    "linear" (token -> patch, then a 3x3 conv) or "conv" (3x3 conv, SiLU, transposed conv)
+    alpha_max     degrees; the angle of the largest training noise, with which sampling starts every step
+
+    Neither encode nor decode projects onto the sphere: that is spherify's, between the two.
+    Raises ValueError if the sizes do not fit each other.
+    """
+
+    def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size, mixer_depth,
+                 pixel_head="linear", alpha_max=80.0):
+        super().__init__()
+        H, W = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if patch_size < 1 or H < patch_size or W < patch_size or H % patch_size or W % patch_size:
+            raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
+        if latent_dim < 1 or num_classes < 0 or mixer_depth < 0:
+            raise ValueError(f"expected latent_dim >= 1, num_classes >= 0 and mixer_depth >= 0, "
+                             f"got {latent_dim}, {num_classes} and {mixer_depth}")
+        angle_to_sigma(alpha_max)
+        # The class's keyword arguments, from which a checkpoint rebuilds the model.
+        self.config = dict(image_size=image_size, patch_size=patch_size, latent_dim=latent_dim,
+                           num_classes=num_classes, encoder_size=encoder_size, decoder_size=decoder_size,
+                           mixer_depth=mixer_depth, pixel_head=pixel_head, alpha_max=alpha_max)
+        self.image_size = (H, W)
+        self.num_classes = num_classes
+        self.alpha_max = alpha_max
+        grid = (H // patch_size, W // patch_size)
+        self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
+        self.encoder = Encoder(grid, patch_size, latent_dim, num_classes, encoder_size, mixer_depth)
+        self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth, pixel_head)
+
+    def encode(self, x, y=None):
+        """z = E(x, y), not yet on the sphere.
+
+        x        [B, 3, H, W]  image in [-1, 1]
+        y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
+        returns  [B, N, d]     float32 (float64 if the weights are)
+        Raises ValueError for another shape.
+        """
+        if x.shape[1:] != (3, *self.image_size):
+            raise ValueError(f"encode: expected images [B, 3, {self.image_size[0]}, {self.image_size[1]}], "
+                             f"got {list(x.shape)}")
+        return at_least_float32(self.encoder(x, self._labels(x, y)))
+
+    def decode(self, v, y=None):
+        """x = D(v, y) for points v of the sphere. SE Eq. 2.
+
+        v        [B, N, d]     norm sqrt(L)
+        y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
+        returns  [B, 3, H, W]  image in [-1, 1] (the head ends in tanh), float32 (float64 if the weights are)
+        Raises ValueError for another shape.
+        """
+        if v.shape[1:] != self.latent_shape:
+            raise ValueError(f"decode: expected latents [B, {self.latent_shape[0]}, {self.latent_shape[1]}], "
+                             f"got {list(v.shape)}")
+        return at_least_float32(self.decoder(v, self._labels(v, y)))
+
+    def _labels(self, batch, y):
+        if y is None:
+            return torch.full((len(batch),), self.num_classes, device=batch.device)
+        if y.shape != (len(batch),):
+            raise ValueError(f"expected one class per sample, [{len(batch)}], got {list(y.shape)}")
+        return y
+
+
+# ---- Encoder and decoder -------------------------------------------------------------------------------------
+
+
+class ViT(nn.Module):
+    """What encoder and decoder share: position table, class table, blocks and the modulated last layer."""
+
+    def __init__(self, grid, num_classes, size, out_dim):
+        super().__init__()
+        width, depth, heads = _size(size)
+        conditional = num_classes > 0
+        # Fixed, but a parameter: released checkpoints hold it, and their parameter counts include it.
+        self.pos_embed = nn.Parameter(sincos_table(grid, width)[None], requires_grad=False)           # [1, N, W]
+        self.register_buffer("rope", rope_table(grid, width // heads), persistent=False)              # [2, N, W/heads/2]
+        if conditional:
+            self.y_embedder = ClassTable(num_classes, width)
+        self.blocks = nn.ModuleList([Block(width, heads, conditional) for _ in range(depth)])
+        self.ffn = ModulatedLinear(width, out_dim, conditional)
+        self.conditional = conditional
+
+    def transform(self, x, y):
+        """Embedded tokens [B, N, W] and classes [B] -> tokens [B, N, out_dim]."""
+        c = self.y_embedder(y) if self.conditional else None                                          # [B, 1, W]
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c, self.rope)
+        return self.ffn(x, c)
+
+    def initialize(self):
+        """Inits of the released system: Xavier, and zero where a layer must begin as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, ClassTable):
+                nn.init.normal_(module.embedding_table.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module[1].weight)
+        nn.init.zeros_(self.ffn.linear.weight)      # z = 0 and image = 0 at the start
+
+
+class Encoder(ViT):
+    """Image [B, 3, H, W] -> latent z [B, N, d]: patches, blocks, then a Mixer in the latent's own channels."""
+
+    def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth):
+        super().__init__(grid, num_classes, size, latent_dim)
+        width = _size(size)[0]
+        self.x_embedder = nn.Sequential(
+            nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False),
+            nn.Conv2d(width, width, 1),
+        )
+        self.out = Mixer(grid[0] * grid[1], latent_dim, mixer_depth) if mixer_depth else nn.Identity()
+        self.initialize()
+        for conv in self.x_embedder:
+            nn.init.xavier_uniform_(conv.weight.view(width, -1))     # fans of the flattened patch
+        nn.init.zeros_(self.x_embedder[1].bias)
+
+    def forward(self, x, y):
+        tokens = self.x_embedder(x).flatten(2).transpose(1, 2)                                        # [B, N, W]
+        return self.out(self.transform(tokens, y))                                                    # [B, N, d]
+
+
+class Decoder(ViT):
+    """Latent v [B, N, d] -> image [B, 3, H, W]: a Mixer at full width, blocks, then a pixel head."""
+
+    def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth, pixel_head):
+        if pixel_head not in ("linear", "conv"):
+            raise ValueError(f"pixel_head must be 'linear' or 'conv', got {pixel_head!r}")
+        super().__init__(grid, num_classes, size, 3 * patch_size**2 if pixel_head == "linear" else CONV_HEAD_CHANNELS)
+        width = _size(size)[0]
+        self.x_embedder = nn.Sequential(nn.Linear(latent_dim, width))
+        if mixer_depth:
+            self.x_embedder.append(Mixer(grid[0] * grid[1], width, mixer_depth))
+        self.out = LinearHead(grid, patch_size) if pixel_head == "linear" else ConvHead(grid, patch_size)
+        self.initialize()
+        for module in self.x_embedder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.0)              # released init; ReZero hides the Mixers at first
+        for module in self.out.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.xavier_uniform_(module.weight, gain=0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, v, y):
+        return self.out(self.transform(self.x_embedder(v), y))                                        # [B, 3, H, W]
+
+
+class LinearHead(nn.Module):
+    """Tokens [B, N, 3 P^2], ordered (channel, row, column), -> image in [-1, 1]."""
+
+    def __init__(self, grid, patch_size):
+        super().__init__()
+        self.grid, self.patch_size = grid, patch_size
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, tokens):
+        (h, w), P = self.grid, self.patch_size
+        x = tokens.view(-1, h, w, 3, P, P).permute(0, 3, 1, 4, 2, 5)                                  # [B, 3, h, P, w, P]
+        return torch.tanh(self.conv(x.reshape(-1, 3, h * P, w * P)))                                  # [B, 3, H, W]
+
+
+class ConvHead(nn.Module):
+    """Tokens [B, N, 32] -> image in [-1, 1] through a transposed convolution (the released CIFAR-10 head)."""
+
+    def __init__(self, grid, patch_size):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(CONV_HEAD_CHANNELS, CONV_HEAD_CHANNELS, 3, padding=1, padding_mode="reflect")
+        self.upsample = nn.ConvTranspose2d(CONV_HEAD_CHANNELS, 3, patch_size + 2, stride=patch_size, padding=1)
+
+    def forward(self, tokens):
+        x = tokens.transpose(1, 2).reshape(len(tokens), CONV_HEAD_CHANNELS, *self.grid)               # [B, 32, h, w]
+        return torch.tanh(self.upsample(F.silu(self.conv(x))))                                        # [B, 3, H, W]
+
+
+# ---- Transformer layers --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, AdaLN-Zero if conditional: the identity at initialisation."""
+
+    def __init__(self, width, heads, conditional):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width, int(width * 8 / 3))
+        if conditional:
+            self.adaLN_modulation = AdaLN(width, 6)
+
+    def forward(self, x, c, rope):
+        if c is None:
+            x = x + self.attn(self.norm1(x), rope)
+            return x + self.mlp(self.norm2(x))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)                       # [B, 1, W] each
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class AdaLN(nn.Sequential):
+    """Class vector c [B, 1, W] -> `count` modulation vectors [B, 1, W]; all zero at initialisation."""
+
+    def __init__(self, width, count):
+        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
+        self.count = count
+
+    def forward(self, c):
+        return super().forward(c).chunk(self.count, dim=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention with axial rotary position embedding."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)               # [B, heads, N, D]
+        x = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v)
+        return self.proj(x.transpose(1, 2).flatten(2))                                                # [B, N, W]
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class ModulatedLinear(nn.Module):
+    """Last layer: AdaLN and Linear, zero at initialisation; a bare Linear if unconditional."""
+
+    def __init__(self, width, out_dim, conditional):
+        super().__init__()
+        self.linear = nn.Linear(width, out_dim)
+        if conditional:
+            self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+            self.adaLN_modulation = AdaLN(width, 2)
+
+    def forward(self, x, c):
+        if c is not None:
+            shift, scale = self.adaLN_modulation(c)
+            x = self.norm(x) * (1 + scale) + shift
+        return self.linear(x)
+
+
+class ClassTable(nn.Module):
+    """One learned vector per class, and in the last row one for the null class."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)[:, None]                                                       # [B, 1, W]
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
+
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm with learned weight, which bounds the latent's magnitude.
+    """
+
+    def __init__(self, tokens, dim, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList([MixerBlock(tokens, dim) for _ in range(depth)])
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+
+    def forward(self, x):
+        x = at_least_float32(x)         # as the residual stream of the blocks, under autocast too
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class MixerBlock(nn.Module):
+    """Token mixing, then channel mixing, each behind a ReZero gate that starts at 0."""
+
+    def __init__(self, tokens, dim):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.tok_mixer = nn.Sequential(nn.Linear(tokens, tokens), nn.SiLU(), nn.Linear(tokens, tokens))
+        self.alpha1 = nn.Parameter(torch.zeros(1))
+        self.norm2 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.chn_mixer = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        self.alpha2 = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        x = x + self.alpha1 * self.tok_mixer(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.alpha2 * self.chn_mixer(self.norm2(x))
+
+
+# ---- Position ------------------------------------------------------------------------------------------------
+
+
+def sincos_table(grid, width):
+    """Fixed 2-D sin-cos position table [N, width], tokens in row-major order.
+
+    The first half of the channels encodes the column, the second half the row (the reverse of RoPE's order);
+    each half is [sin | cos] of position * theta^(-k / (width / 4)), computed in float64.
+    """
+    rows, columns = _positions(grid)
+    frequency = ROPE_THETA ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    halves = [position[:, None] * frequency for position in (columns, rows)]                          # [N, width/4] each
+    return torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def rope_table(grid, head_dim):
+    """Cosines and sines [2, N, head_dim / 2] of axial RoPE: one angle for every adjacent pair of channels.
+
+    The first half of the pairs turns with the row, the second with the column, by position * theta^(-2i / (head_dim / 2)).
+    """
+    rows, columns = _positions(grid)
+    frequency = ROPE_THETA ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    angle = torch.cat([position[:, None] * frequency for position in (rows, columns)], dim=1)         # [N, head_dim/2]
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def apply_rope(x, rope):
+    """Rotate the channel pairs (0, 1), (2, 3), ... of x [..., N, head_dim]; computed in float32."""
+    cos, sin = rope
+    a, b = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2)).unbind(-1)           # [..., N, head_dim/2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def _positions(grid):
+    h, w = grid
+    index = torch.arange(h * w)
+    return (index // w).double(), (index % w).double()
+
+
+def _size(size):
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or (width, depth, heads)")
+        size = SIZES[size]
+    width, depth, heads = size
+    if width % (4 * heads) or depth < 1 or heads < 1:
+        raise ValueError(f"size (width, depth, heads) = {tuple(size)}: width / heads must be a multiple of 4")
+    return width, depth, heads

@@ -1,0 +1,263 @@
+"""Sampling from a Sphere Encoder: Algorithm 1 of the paper, with classifier-free guidance. SE Sec. 2.4, 6, App. C.1.
+
+    python sample.py --checkpoint out/digits/last.pt --out out/samples --steps 4
+    python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --count 64 --cfg 1.5 --singles
+"""
+
+import argparse
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from fid import to_uint8
+from models import SphereEncoder
+from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
+
+POSITIONS = ("encoder", "decoder", "combo")
+
+
+@torch.no_grad()
+def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", seed=0, first=0,
+             e=None):
+    """Images from random points of the sphere, in T steps. SE Alg. 1.
+
+    model     SphereEncoder
+    y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model
+    steps     T >= 1: one decode, then T - 1 times encode, add noise, decode
+    cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
+    alpha     degrees, angle of the largest noise; None is the model's own, that of its training
+    gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
+    shared    one noise vector per image for all steps, the first included (the paper's best), or a fresh one at every
+              step. The official code shares steps 2..T only
+    position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE App. C.1
+    seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
+    e         [B, N, d] noise in place of the seeded one; [T, B, N, d] if not shared
+    returns   [B, 3, H, W] in [-1, 1], on the model's device
+
+    Raises ValueError for a class, step count, scale, angle, seed or noise out of range.
+    """
+    device = next(model.parameters()).device
+    y = torch.as_tensor(y, device=device)
+    K = model.num_classes
+    if y.ndim != 1 or len(y) < 1 or y.is_floating_point() or not bool(((y >= 0) & (y <= K)).all()):
+        raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
+    s_encoder, s_decoder = _guidance_scales(cfg, position, conditional=K > 0)
+    sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
+    r = step_schedule(steps, gamma)
+    if e is None:
+        e = sample_noise(seed, first, len(y), model.latent_shape, draws=1 if shared else steps)
+    e = (e[None] if e.ndim == 3 else e).to(device)                                          # [1 or T, B, N, d]
+    if e.shape != (1 if shared else steps, len(y), *model.latent_shape):
+        raise ValueError(f"e must be [{len(y)}, {model.latent_shape[0]}, {model.latent_shape[1]}] if shared, "
+                         f"with {steps} of these in front if not; got {list(e.shape)}")
+
+    def guided(network, inputs, s):
+        output = network(inputs, y)
+        if s == 1:
+            return output
+        null = network(inputs, None)
+        return null + s * (output - null)
+
+    v = spherify(e[0])
+    x = guided(model.decode, v, s_decoder).clamp(-1, 1)     # the clamp after guidance is the official code's
+    for t in range(2, steps + 1):
+        z = guided(model.encode, x, s_encoder)
+        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[0 if shared else t - 1])
+        x = guided(model.decode, v, s_decoder).clamp(-1, 1)
+    return x
+
+
+@torch.no_grad()
+def reconstruct(model, x, y=None):
+    """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2.
+
+    x        [B, 3, H, W] in [-1, 1], on the model's device
+    y        [B] int64 or None for the null class, the paper's default for reconstruction
+    returns  [B, 3, H, W] in [-1, 1]
+    """
+    return model.decode(spherify(model.encode(x, y)), y)
+
+
+def _guidance_scales(cfg, position, conditional):
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+    if not 0 <= cfg < math.inf:
+        raise ValueError(f"cfg must be a number of at least 0 (1 is no guidance), got {cfg}")
+    if cfg != 1 and not conditional:
+        raise ValueError(f"cfg {cfg} needs a conditional model; this one has no classes to guide towards")
+    return {"encoder": (cfg, 1), "decoder": (1, cfg), "combo": (math.sqrt(cfg), math.sqrt(cfg))}[position]
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path):
+    """The dictionary that train.py wrote, on the CPU.
+
+    Raises FileNotFoundError or ValueError, naming the path, if it is missing or not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train one with train.py, or correct the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "sphere-encoder":
+        raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py")
+    return checkpoint
+
+
+def load(path, device="cpu", ema=None):
+    """The model of a checkpoint, rebuilt from the file alone.
+
+    path     written by train.py
+    ema      use the averaged weights or the plain ones; None is the choice stored in the checkpoint
+    returns  SphereEncoder in eval mode, with `class_names` (one per class; empty if unconditional)
+    Raises FileNotFoundError or ValueError, naming the path.
+    """
+    checkpoint = read_checkpoint(path)
+    model = SphereEncoder(**checkpoint["config"])
+    model.load_state_dict(checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"])
+    model.class_names = checkpoint["class_names"]
+    return model.to(device).eval()
+
+
+# ---- Pictures ------------------------------------------------------------------------------------------------
+
+
+def picture(panels, row_names=None, captions=None):
+    """Panels of images side by side, as one labelled PIL image.
+
+    panels     {title: [rows, columns, 3, H, W]} in [-1, 1]
+    row_names  one word per row, written at the left
+    captions   one word per image of the (single) panel, row by row, written over it
+    """
+    font = ImageFont.load_default(size=14)
+    H, W = next(iter(panels.values())).shape[-2:]
+    zoom = max(1, round(48 / max(H, W)))                                        # small images are shown larger
+    left = 12 + int(max((font.getlength(name) for name in row_names or []), default=0))
+    title_height, caption_height, gap = 26, 18 if captions else 0, 16
+    cell_height, cell_width = H * zoom + 2 + caption_height, W * zoom + 2
+    rows = max(len(images) for images in panels.values())
+    widths = [max(images.shape[1] * cell_width, int(font.getlength(title))) for title, images in panels.items()]
+    canvas = Image.new("RGB", (left + sum(widths) + gap * len(panels), title_height + rows * cell_height + 8), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(row_names or []):
+        middle = title_height + row * cell_height + cell_height // 2
+        draw.text((left - 6, middle), name, "black", font, anchor="rm")
+    x0 = left
+    for (title, images), width in zip(panels.items(), widths):
+        draw.text((x0, 5), title, "black", font)
+        for row, column in ((row, column) for row in range(len(images)) for column in range(images.shape[1])):
+            x, y = x0 + column * cell_width, title_height + row * cell_height
+            if captions:
+                draw.text((x, y), captions[row * images.shape[1] + column], "black", font)
+            canvas.paste(to_pil(images[row, column]).resize((W * zoom, H * zoom), Image.NEAREST), (x, y + caption_height))
+        x0 += width + gap
+    return canvas
+
+
+def to_pil(x):
+    """One image [3, H, W] in [-1, 1] -> PIL image."""
+    return Image.fromarray(to_uint8((x + 1) / 2).permute(1, 2, 0).cpu().numpy())
+
+
+# ---- Command line --------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, and no option may be abbreviated."""
+
+    def __init__(self, prog, doc):
+        super().__init__(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def pick_device(name):
+    """Device of a name, or the first GPU if there is one and the name is None. Raises ValueError if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
+
+
+def class_list(text):
+    return [int(word) for word in text.split(",")]
+
+
+def main(argv=None):
+    parser = Parser("sample.py", __doc__)
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--checkpoint", default="out/digits/last.pt", help="written by train.py (default %(default)s)")
+    what.add_argument("--count", type=int, default=80, help="number of images (default %(default)s)")
+    what.add_argument("--classes", type=class_list, help="classes in turn, e.g. 3,5 (default all; K is the null class)")
+    what.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=4, help="T of Algorithm 1 (default %(default)s)")
+    how.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
+    how.add_argument("--position", choices=POSITIONS, default="combo", help="where to guide (default %(default)s)")
+    how.add_argument("--gamma", type=float, default=0.0, help="decay of the noise, Eq. 13; 0 = fixed (default %(default)s)")
+    how.add_argument("--fresh", action="store_true", help="fresh noise at every step instead of the same one")
+    how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: that of the training)")
+    how.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: as the preset says)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", default="out/samples", help="folder for the pictures (default %(default)s)")
+    out.add_argument("--singles", action="store_true", help="also write every image as a PNG of its own size")
+    out.add_argument("--batch-size", type=int, default=100, help="images at a time (default %(default)s)")
+    out.add_argument("--device", help="default cuda if there is one, else cpu")
+    args = parser.parse_args(argv)
+    try:
+        draw_samples(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def draw_samples(args):
+    if args.count < 1 or args.batch_size < 1:
+        raise ValueError(f"--count and --batch-size must be at least 1, got {args.count} and {args.batch_size}")
+    out = Path(args.out)
+    grid = out / "samples.png"
+    if grid.exists() or (args.singles and any(out.glob("[0-9]*.png"))):
+        raise ValueError(f"{out} already holds samples; choose another --out, or remove them")
+    model = load(args.checkpoint, pick_device(args.device), args.ema)
+    K = model.num_classes
+    if args.classes and not K:
+        raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
+    classes = args.classes or list(range(max(K, 1)))
+    y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])    # balanced, and y[i] depends on i alone
+    out.mkdir(parents=True, exist_ok=True)
+
+    shown = []
+    for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
+        x = generate(model, y[start:start + args.batch_size], args.steps, args.cfg, alpha=args.alpha,
+                     gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed, first=start).cpu()
+        if args.singles:
+            for k, image in enumerate(x):
+                to_pil(image).save(out / f"{start + k:06d}.png")
+        shown.extend(x[:max(0, 256 - len(shown))])                              # a grid of more is not readable
+
+    names = [*model.class_names, "null"] if K else [""]
+    captions = [names[c] for c in y[:len(shown)].tolist()]
+    columns = min(len(shown), len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(len(shown))))
+    while len(captions) % columns:                                              # white cells fill the last row
+        captions.append("")
+    images = torch.stack(shown + [torch.ones_like(shown[0])] * (len(captions) - len(shown)))
+    title = f"{args.steps} step{'s' * (args.steps > 1)}, cfg {args.cfg:g}, seed {args.seed}"
+    picture({title: images.unflatten(0, (-1, columns))}, captions=captions if K else None).save(grid)
+    print(f"{grid}: {len(shown)} of {args.count} samples")
+    if args.singles:
+        print(f"{out}/000000.png .. {args.count - 1:06d}.png: one file per sample")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+import socket
+import urllib.error
+
+import pytest
+import torch
+
+import losses
+from losses import (WEIGHT_NAMES, latent_consistency_loss, lpips_vgg, pixel_consistency_loss,
+                    pixel_reconstruction_loss, sphere_encoder_loss)
+from spherify import add_noise, spherify
+
+WEIGHTS = (25.0, 0.0, 3.0, 0.0, 0.5)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def squares(a, b):
+    """A stand-in for the perceptual network: one number per image."""
+    return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def batch(model):
+    B = 3
+    return dict(x=rand(B, 3, 12, 20), y=torch.tensor([0, 1, 3]), sigma=torch.tensor([1.0, 3.0, 5.0]),
+                sigma_sub=torch.tensor([0.1, 0.7, 2.5]), e=torch.randn(B, 15, 7, generator=torch.Generator().manual_seed(2)))
+
+
+def gradient_norms(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {side: sum(p.grad.norm().item() for p in getattr(model, side).parameters() if p.grad is not None)
+            for side in ("encoder", "decoder")}
+
+
+# ---- Eq. 7 ----
+
+
+def test_smooth_l1_on_unit_range_images_is_half_the_squared_error():
+    a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
+    expected = (((a + 1) / 2 - (b + 1) / 2) ** 2).mean() / 2
+    torch.testing.assert_close(pixel_reconstruction_loss(a, b)[0], expected)
+
+
+def test_pixel_reconstruction_is_zero_for_equal_images_and_adds_the_perceptual_distance():
+    a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
+    assert pixel_reconstruction_loss(a, a, squares) == (0, 0)
+    assert pixel_reconstruction_loss(a, b)[1] == 0
+    torch.testing.assert_close(pixel_reconstruction_loss(a, b, squares)[1], (a - b).square().mean())
+
+
+# ---- Eq. 8 ----
+
+
+def test_pixel_consistency_sends_no_gradient_to_its_target():
+    x_NOISY, x_noisy = rand(2, 3, 4, 5).requires_grad_(), rand(2, 3, 4, 5, seed=1).requires_grad_()
+    sum(pixel_consistency_loss(x_NOISY, x_noisy, squares)).backward()
+    assert x_noisy.grad is None and x_NOISY.grad.norm() > 0
+
+
+# ---- Eq. 9 ----
+
+
+def test_latent_consistency_is_one_minus_the_cosine_of_whole_latents():
+    v = torch.eye(6).view(6, 3, 2)
+    torch.testing.assert_close(latent_consistency_loss(v, 5 * v), torch.tensor(0.0))
+    torch.testing.assert_close(latent_consistency_loss(v, -v), torch.tensor(2.0))
+    torch.testing.assert_close(latent_consistency_loss(v, v.roll(1, 0)), torch.tensor(1.0))
+    # Tokens of unequal length: per token the cosines are 1 and -1, for the whole vector (9 - 1) / 10.
+    v = torch.tensor([[[3.0, 0.0], [1.0, 0.0]]])
+    torch.testing.assert_close(latent_consistency_loss(v, v * torch.tensor([[1.0], [-1.0]])), torch.tensor(0.2))
+
+
+def test_latent_consistency_sends_no_gradient_to_the_clean_latent():
+    v, z = rand(2, 3, 4).requires_grad_(), rand(2, 3, 4, seed=1).requires_grad_()
+    latent_consistency_loss(v, z).backward()
+    assert v.grad is None and z.grad.norm() > 0
+
+
+def test_latent_consistency_trains_decoder_and_second_encoder_pass(model, batch):
+    loss, _ = sphere_encoder_loss(model, **batch, weights=(0, 0, 0, 0, 1))
+    norms = gradient_norms(loss, model)
+    assert norms["encoder"] > 0 and norms["decoder"] > 0
+
+
+# ---- Eq. 10 ----
+
+
+def test_total_is_the_weighted_sum_of_the_equations(model, batch):
+    loss, parts = sphere_encoder_loss(model, **batch, weights=(1, 2, 3, 4, 5), perceptual=squares)
+    x, y, sigma, sigma_sub, e = batch.values()
+    v = spherify(model.encode(x, y))
+    x_NOISY, x_noisy = model.decode(add_noise(v, sigma, e), y), model.decode(add_noise(v, sigma_sub, e), y)
+    expected = [*pixel_reconstruction_loss(x_noisy, x, squares), *pixel_consistency_loss(x_NOISY, x_noisy, squares),
+                latent_consistency_loss(v, model.encode(x_NOISY, y))]
+    assert tuple(parts) == WEIGHT_NAMES
+    torch.testing.assert_close(list(parts.values()), [part.detach() for part in expected], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, sum(w * part for w, part in zip((1, 2, 3, 4, 5), expected)))
+
+
+def test_parts_are_detached_and_the_loss_is_not(model, batch):
+    loss, parts = sphere_encoder_loss(model, **batch, weights=WEIGHTS)
+    assert loss.requires_grad and not any(part.requires_grad for part in parts.values())
+
+
+def test_every_term_reaches_the_network_that_it_should(model, batch):
+    """Reconstruction and pixel consistency train both; the gradient of the target side would be larger."""
+    for weights in ((1, 0, 0, 0, 0), (0, 0, 1, 0, 0)):
+        norms = gradient_norms(sphere_encoder_loss(model, **batch, weights=weights)[0], model)
+        assert norms["encoder"] > 0 and norms["decoder"] > 0
+
+
+def test_the_four_passes_take_their_own_classes(model, batch):
+    y = batch.pop("y")
+    same, base = (sphere_encoder_loss(model, y=y4, **batch, weights=WEIGHTS)[1] for y4 in (y, y.expand(4, 3)))
+    assert same == base
+    changed = []
+    for row in range(4):
+        y4 = y.repeat(4, 1)
+        y4[row] = 4                                                      # the null class in one pass only
+        parts = sphere_encoder_loss(model, y=y4, **batch, weights=WEIGHTS)[1]
+        changed.append({name for name in parts if not torch.isclose(parts[name], base[name], rtol=1e-4)})
+    assert changed == [{"recon_l1", "con_l1", "lat_con"}, {"con_l1", "lat_con"}, {"recon_l1", "con_l1"}, {"lat_con"}]
+
+
+def test_both_noisy_latents_share_the_noise(model, batch):
+    batch["sigma_sub"] = batch["sigma"]
+    assert sphere_encoder_loss(model, **batch, weights=WEIGHTS)[1]["con_l1"] < 1e-12
+
+
+def test_terms_of_weight_zero_cost_no_pass(model, batch, monkeypatch):
+    calls = []
+    for name in ("encode", "decode"):
+        whole = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, y, name=name, whole=whole: calls.append((name, len(x))) or whole(x, y))
+    for weights, expected in (((1, 0, 0, 0, 0), [("encode", 3), ("decode", 3)]),
+                              ((1, 0, 1, 0, 0), [("encode", 3), ("decode", 6)]),
+                              ((1, 0, 1, 0, 1), [("encode", 3), ("decode", 6), ("encode", 3)])):
+        calls.clear()
+        sphere_encoder_loss(model, **batch, weights=weights)
+        assert calls == expected
+
+
+def test_losses_are_float32_under_autocast():
+    a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [*pixel_reconstruction_loss(a, b), latent_consistency_loss(a.flatten(2), b.flatten(2))]
+    outside = [*pixel_reconstruction_loss(a, b), latent_consistency_loss(a.flatten(2), b.flatten(2))]
+    assert inside == outside and all(part.dtype == torch.float32 for part in inside)
+
+
+def test_gradients_of_the_whole_objective_are_exact(model, batch):
+    """A directional derivative in float64, along the last layer of the decoder, with the detached targets held fixed."""
+    model.double()
+    batch = {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+    weight = model.decoder.ffn.linear.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    recon_only = lambda: sphere_encoder_loss(model, **batch, weights=(1, 0, 0, 0, 1))[0]
+    (gradient,) = torch.autograd.grad(recon_only(), weight)
+    values = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight += step * direction
+            values.append(recon_only())
+            weight -= step * direction
+    assert (gradient * direction).sum().item() == pytest.approx(((values[0] - values[1]) / 2e-5).item(), rel=1e-6)
+
+
+# ---- LPIPS ----
+
+
+def test_lpips_is_frozen_zero_for_equal_images_and_gives_gradient_to_images():
+    network = lpips_vgg(random_trunk=True)
+    a, b = rand(2, 3, 16, 16).requires_grad_(), rand(2, 3, 16, 16, seed=1)
+    assert not any(p.requires_grad for p in network.parameters()) and not network.training
+    assert pixel_reconstruction_loss(b, b, network)[1] == 0
+    distance = pixel_reconstruction_loss(a, b, network)[1]
+    distance.backward()
+    assert distance > 0 and a.grad.norm() > 0
+
+
+def test_missing_lpips_weights_name_file_url_and_place(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError(socket.gaierror("no network"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        losses.lpips_vgg()
+    message = str(error.value)
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message and str(tmp_path) in message
+    assert "\n" not in message

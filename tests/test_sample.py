@@ -1,0 +1,254 @@
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, one_line, with_seeded_weights
+from models import SphereEncoder
+from sample import generate, load, main, picture, read_checkpoint, reconstruct
+from spherify import add_noise, angle_to_sigma, sample_noise, spherify
+from test_models import golden_model
+
+Y = torch.tensor([0, 1, 3])
+
+
+def noise(model, draws=1, batch=3, seed=5):
+    return sample_noise(seed, 0, batch, model.latent_shape, draws)
+
+
+# ---- Algorithm 1 ----
+
+
+def test_one_step_decodes_a_random_point(model):
+    x = generate(model, Y, 1, seed=5)
+    assert torch.equal(x, model.decode(spherify(noise(model)[0]), Y))
+
+
+def test_three_steps_are_algorithm_1_written_out(model):
+    e, sigma_max = noise(model)[0], angle_to_sigma(model.alpha_max)
+    x = model.decode(spherify(e), Y)
+    for r in (0.5, 0.0):                                                    # gamma = 1, T = 3
+        x = model.decode(add_noise(spherify(model.encode(x, Y)), r * sigma_max, e), Y)
+    torch.testing.assert_close(generate(model, Y, 3, gamma=1.0, seed=5), x)
+
+
+def test_fresh_noise_takes_draw_t_for_step_t(model):
+    e, sigma_max = noise(model, draws=3), angle_to_sigma(70.0)
+    x = model.decode(spherify(e[0]), Y)
+    for t in (1, 2):
+        x = model.decode(add_noise(spherify(model.encode(x, Y)), sigma_max, e[t]), Y)
+    torch.testing.assert_close(generate(model, Y, 3, alpha=70.0, shared=False, seed=5), x)
+    assert (generate(model, Y, 3, alpha=70.0, seed=5) - x).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["encoder", "decoder", "combo"])
+def test_guidance_mixes_raw_latents_and_pixels_each_with_its_scale(model, position):
+    s = 2.25
+    s_encoder, s_decoder = {"encoder": (s, 1), "decoder": (1, s), "combo": (1.5, 1.5)}[position]
+    lerp = lambda null, cond, s: null + s * (cond - null)
+    decode = lambda v: lerp(model.decode(v), model.decode(v, Y), s_decoder).clamp(-1, 1)
+    e = noise(model)[0]
+    x = decode(spherify(e))
+    z = lerp(model.encode(x), model.encode(x, Y), s_encoder)
+    x = decode(add_noise(spherify(z), angle_to_sigma(model.alpha_max), e))
+    torch.testing.assert_close(generate(model, Y, 2, s, position=position, seed=5), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["encoder", "decoder", "combo"])
+def test_guidance_scale_one_is_no_guidance_and_no_second_pass(model, position, monkeypatch):
+    plain = generate(model, Y, 3)
+    calls = []
+    whole = model.decode
+    monkeypatch.setattr(model, "decode", lambda *inputs: calls.append(1) or whole(*inputs))
+    assert torch.equal(generate(model, Y, 3, 1.0, position=position), plain)
+    assert len(calls) == 3
+
+
+def test_guidance_towards_the_null_class_changes_nothing(model):
+    null = torch.full((3,), model.num_classes)
+    torch.testing.assert_close(generate(model, null, 2, 4.0), generate(model, null, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_clamped_after_guidance_also_between_steps(model):
+    x = generate(model, Y, 1, 256.0, seed=5)
+    v = spherify(noise(model)[0])
+    unclamped = model.decode(v) + 16 * (model.decode(v, Y) - model.decode(v))
+    assert unclamped.abs().max() > 1.5 and x.abs().max() == 1
+    torch.testing.assert_close(x, unclamped.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    seen = []
+    whole, model.encode = model.encode, lambda x, y: seen.append(x.abs().max()) or whole(x, y)
+    generate(model, Y, 3, 256.0, position="decoder")
+    assert len(seen) == 2 and max(seen) <= 1
+
+
+def test_guided_two_step_sampling_agrees_with_the_released_system():
+    golden = np.load(ROOT / "tests" / "sphere_cond_linear.npz")
+    model = golden_model(golden).eval()
+    e, y = torch.from_numpy(golden["e"]), torch.from_numpy(golden["labels_cfg"])
+    for steps, name in ((1, "cfg_step1"), (2, "cfg_step2_shared_noise_e")):
+        x = generate(model, y, steps, 1.4, e=e)
+        np.testing.assert_allclose(x, golden[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=1.0), dict(shared=False), dict(seed=1), dict(first=1),
+    dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])),
+])
+def test_every_option_changes_the_result(model, change):
+    base = dict(y=Y, steps=4)
+    assert (generate(model, **base) - generate(model, **{**base, **change})).abs().max() > 1e-4
+
+
+def test_gamma_one_adds_no_noise_at_the_last_step(model):
+    e = noise(model, draws=2)
+    other = torch.stack([e[0], 9 * e[1]])
+    one, two = (generate(model, Y, 2, gamma=1.0, shared=False, e=n) for n in (e, other))
+    assert torch.equal(one, two)
+
+
+def test_given_noise_replaces_the_seeded_one(model):
+    assert torch.equal(generate(model, Y, 3, e=noise(model)[0]), generate(model, Y, 3, seed=5))
+    assert torch.equal(generate(model, Y, 3, shared=False, e=noise(model, 3)), generate(model, Y, 3, shared=False, seed=5))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_images_do_not_depend_on_the_batch(model, shared):
+    y = torch.arange(16) % 4
+    whole = generate(model, y, 3, 1.5, seed=2, shared=shared)
+    parts = torch.cat([generate(model, y[i:i + 3], 3, 1.5, seed=2, first=i, shared=shared) for i in range(0, 16, 3)])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+def test_an_unconditional_model_samples_with_the_null_class(unconditional):
+    x = generate(unconditional, torch.zeros(2, dtype=torch.int64), 2)
+    assert x.shape == (2, 3, 12, 20) and not x.requires_grad
+
+
+def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model):
+    x = generate(model, Y, 1)
+    torch.testing.assert_close(reconstruct(model, x), model.decode(spherify(model.encode(x))))
+    torch.testing.assert_close(reconstruct(model, x, Y), model.decode(spherify(model.encode(x, Y)), Y))
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(y=torch.tensor([0, 5])), "5"), (dict(y=torch.tensor([-1])), "-1"), (dict(y=torch.tensor([[1]])), "[[1]]"),
+    (dict(y=torch.tensor([0.5])), "0.5"), (dict(steps=0), "0"), (dict(cfg=-1.0), "-1.0"), (dict(cfg=math.nan), "nan"),
+    (dict(alpha=90.0), "90.0"), (dict(gamma=-1.0), "-1.0"), (dict(position="middle"), "middle"), (dict(seed=-1), "-1"),
+    (dict(e=torch.zeros(2, 15, 7)), "[1, 2, 15, 7]"), (dict(e=torch.zeros(3, 15, 7), shared=False), "[1, 3, 15, 7]"),
+])
+def test_bad_sampling_options_are_named(model, change, named):
+    with pytest.raises(ValueError) as error:
+        generate(model, **{**dict(y=Y, steps=2), **change})
+    assert named in str(error.value)
+
+
+def test_guidance_without_classes_is_refused(unconditional):
+    with pytest.raises(ValueError, match="unconditional|conditional model"):
+        generate(unconditional, torch.zeros(2, dtype=torch.int64), 2, 1.5)
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_alone_rebuilds_the_model(trained):
+    stored = read_checkpoint(trained)
+    for ema in (True, False):
+        model = load(trained, ema=ema)
+        assert not model.training and model.config == stored["config"] and model.class_names[7] == "7"
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, stored["ema" if ema else "model"][name])
+    assert stored["use_ema"] and torch.equal(load(trained).decoder.ffn.linear.weight, stored["ema"]["decoder.ffn.linear.weight"])
+
+
+class Explosive:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "code", "other"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    if damage == "code":
+        path.write_bytes(pickle.dumps(Explosive()))
+    elif damage == "other":
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes({"text": b"hello", "empty": b"", "truncated": trained.read_bytes()[:20_000]}[damage])
+    with pytest.raises(SystemExit) as exit:
+        main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
+    assert exit.value.code == 2 and str(path) in one_line(capsys, "sample.py: ")
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
+
+
+# ---- command line ----
+
+
+def run(trained, out, *options):
+    return main(["--checkpoint", str(trained), "--out", str(out), "--device", "cpu", *options])
+
+
+def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(trained, tmp_path):
+    run(trained, tmp_path / "a", "--count", "7", "--steps", "2", "--singles", "--batch-size", "3", "--seed", "4")
+    run(trained, tmp_path / "b", "--count", "12", "--steps", "2", "--singles", "--seed", "4")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["samples.png"]
+    for i in range(7):
+        a, b = (np.asarray(Image.open(tmp_path / f / f"{i:06d}.png")).astype(int) for f in "ab")
+        assert a.shape == (16, 16, 3) and abs(a - b).max() <= 1
+    x = generate(load(trained), torch.tensor([5]), 2, seed=4, first=5)      # sample 5 of all has class 5
+    assert abs(np.asarray(Image.open(tmp_path / "a" / "000005.png")) - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
+
+
+@pytest.mark.parametrize("options", [
+    ["--cfg", "2", "--position", "decoder"], ["--gamma", "1", "--fresh"], ["--alpha", "60"], ["--no-ema"],
+    ["--classes", "3,10"], ["--count", "1"], ["--count", "23", "--classes", "4"],
+])
+def test_every_option_of_the_command_draws_a_picture(trained, tmp_path, options):
+    run(trained, tmp_path, "--count", "4", "--steps", "2", *options)
+    assert np.asarray(Image.open(tmp_path / "samples.png")).std() > 10
+
+
+def test_a_picture_shows_every_image_where_it_belongs():
+    images = torch.linspace(-1, 1, 6).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 48, 48)
+    drawn = np.asarray(picture({"one": images, "two": -images}, ["a", "b"]))
+    grey = [drawn[26 + 50 * row + 25, :, 0] for row in range(2)]
+    for row in range(2):
+        for column in range(3):
+            for value in (images[row, column, 0, 0, 0], -images[row, column, 0, 0, 0]):
+                assert round(((value + 1) * 127.5).item()) in grey[row].astype(int)
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--steps", "0"], "0"), (["--steps", "many"], "many"), (["--cfg", "-2"], "-2"), (["--count", "0"], "0"),
+    (["--classes", "11"], "11"), (["--classes", "a"], "'a'"), (["--alpha", "90"], "90"), (["--gamma", "-1"], "-1"),
+    (["--position", "left"], "left"), (["--seed", "-1"], "-1"), (["--step", "3"], "--step"), (["--batch-size", "0"], "0"),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt"), (["--device", "abacus"], "abacus"),
+])
+def test_bad_options_are_one_line_and_leave_nothing(trained, tmp_path, capsys, options, named):
+    with pytest.raises(SystemExit) as exit:
+        run(trained, tmp_path / "out", *options)
+    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_classes_of_an_unconditional_checkpoint_are_refused(tmp_path, capsys):
+    model = with_seeded_weights(SphereEncoder(16, 4, 4, 0, (16, 1, 2), (16, 1, 2), 1))
+    torch.save({"kind": "sphere-encoder", "config": model.config, "class_names": [], "use_ema": False,
+                "model": model.state_dict()}, tmp_path / "last.pt")
+    run(tmp_path / "last.pt", tmp_path / "out", "--count", "5")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "last.pt", tmp_path / "out2", "--classes", "1")
+    assert "unconditional" in one_line(capsys, "sample.py: ")
+
+
+def test_samples_are_never_overwritten(trained, tmp_path, capsys):
+    run(trained, tmp_path, "--count", "2", "--steps", "1")
+    before = (tmp_path / "samples.png").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(trained, tmp_path, "--count", "2", "--steps", "2")
+    assert exit.value.code == 2 and "already holds" in one_line(capsys, "sample.py: ")
+    assert (tmp_path / "samples.png").read_bytes() == before

@@ -1,0 +1,252 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, spherify,
+                      step_schedule, uniform_sigmas)
+
+SHAPES = [(3, 7), (2, 5, 3), (4, 256, 8), (2, 3, 4, 5), (1, 1024, 64)]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def largest_cdf_gap(draws, cdf):
+    """Kolmogorov-Smirnov distance; below 1.95 / sqrt(n) for 999 of 1,000 right samplers, and ours are seeded."""
+    return stats.kstest(np.asarray(draws, dtype=np.float64), cdf).statistic
+
+
+N_DRAWS = 100_000
+KS_LIMIT = 1.95 / math.sqrt(N_DRAWS)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+# ---- spherify ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 2**-8)])
+def test_spherify_radius_is_sqrt_L(shape, dtype, tolerance):
+    v = spherify(3 * normal(*shape, dtype=dtype))
+    radius = v.double().flatten(1).norm(dim=1)
+    assert v.dtype == dtype and v.shape == shape
+    torch.testing.assert_close(radius, torch.full_like(radius, math.sqrt(math.prod(shape[1:]))), rtol=tolerance, atol=0)
+
+
+def test_spherify_rounds_only_its_result_to_bf16():
+    z = 3 * normal(8, 4096, dtype=torch.bfloat16)
+    assert torch.equal(spherify(z), spherify(z.float()).bfloat16())
+
+
+def test_autocast_changes_neither_spherify_nor_add_noise():
+    v, e = normal(2, 9, 5), normal(2, 9, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = spherify(v), add_noise(v, 2.0, e)
+    assert torch.equal(inside[0], spherify(v)) and torch.equal(inside[1], add_noise(v, 2.0, e))
+
+
+def test_spherify_normalises_all_tokens_together_and_not_each():
+    z = normal(2, 4, 6) * torch.tensor([1.0, 2, 3, 4])[:, None]
+    token_norms = spherify(z).norm(dim=2)
+    torch.testing.assert_close(token_norms / token_norms[:, :1], z.norm(dim=2) / z.norm(dim=2)[:, :1])
+
+
+def test_zero_stays_zero_with_finite_gradient():
+    z = torch.zeros(2, 3, 4, requires_grad=True)
+    spherify(z).sum().backward()
+    assert torch.equal(spherify(z), torch.zeros(2, 3, 4)) and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rms", [1e-4, 1e-3, 0.1, 0.3, 10.0])
+def test_spherify_radius_falls_only_for_tiny_latents_as_its_formula_says(rms):
+    z = torch.full((1, 50), rms, dtype=torch.float64)
+    expected = math.sqrt(50) * rms / math.sqrt(rms**2 + 1e-6)
+    assert spherify(z).norm().item() == pytest.approx(expected, rel=1e-12)
+    assert rms < 0.3 or expected == pytest.approx(math.sqrt(50), rel=1e-5)
+
+
+def test_spherify_ignores_the_scale_of_z():
+    z = normal(3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(spherify(1000 * z), spherify(z, eps=0), rtol=1e-9, atol=0)
+
+
+def test_spherify_commutes_with_rotations_of_the_whole_latent():
+    z = normal(3, 20, dtype=torch.float64)
+    rotation = torch.linalg.qr(normal(20, 20, seed=1, dtype=torch.float64)).Q
+    torch.testing.assert_close(spherify(z @ rotation), spherify(z) @ rotation, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_spherify_and_add_noise_are_exact():
+    z = normal(2, 3, 4, dtype=torch.float64).requires_grad_()
+    sigma = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    e = normal(2, 3, 4, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(spherify, z)
+    assert torch.autograd.gradcheck(lambda z, sigma: add_noise(spherify(z), sigma, e), (z, sigma))
+
+
+# ---- noise ----
+
+
+@pytest.mark.parametrize("alpha", [10.0, 45.0, 80.0, 85.0, 89.0])
+def test_noise_angle_is_arctan_sigma(alpha):
+    v, e = spherify(normal(4, 1024, 64)), normal(4, 1024, 64, seed=1)
+    cosine = torch.cosine_similarity(v.flatten(1), add_noise(v, angle_to_sigma(alpha), e).flatten(1))
+    # At L = 65,536 the angle of v and e itself scatters by 1 / sqrt(L) = 0.22 degrees about 90; 4 deviations.
+    assert torch.rad2deg(torch.acos(cosine)).numpy() == pytest.approx(alpha, abs=0.9)
+
+
+def test_noisy_latents_stay_on_the_sphere_and_sigma_zero_leaves_them():
+    v, e = spherify(normal(3, 6, 5)), normal(3, 6, 5, seed=1)
+    radius = add_noise(v, 4.0, e).flatten(1).norm(dim=1)
+    torch.testing.assert_close(radius, torch.full((3,), math.sqrt(30)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(add_noise(v, 0.0, e), v, rtol=1e-5, atol=0)
+
+
+def test_sigma_per_sample_equals_each_sample_alone():
+    v, e, sigma = spherify(normal(3, 6, 5)), normal(3, 6, 5, seed=1), torch.tensor([0.0, 1.0, 5.0])
+    alone = [add_noise(v[i:i + 1], sigma[i].item(), e[i:i + 1]) for i in range(3)]
+    torch.testing.assert_close(add_noise(v, sigma, e), torch.cat(alone))
+
+
+def test_noise_of_equal_direction_lies_on_one_great_circle():
+    v, e = spherify(normal(1, 30, dtype=torch.float64)), normal(1, 30, seed=1, dtype=torch.float64)
+    points = torch.cat([v, add_noise(v, 0.7, e), add_noise(v, 5.0, e)])
+    assert torch.linalg.matrix_rank(points) == 2
+
+
+def test_angles_and_sigmas_are_inverse():
+    assert angle_to_sigma(80.0) == pytest.approx(5.6712818, rel=1e-7) and angle_to_sigma(45.0) == pytest.approx(1.0)
+    alphas = torch.linspace(0, 89.9, 50, dtype=torch.float64)
+    torch.testing.assert_close(sigma_to_angle(angle_to_sigma(alphas)), alphas)
+    assert [sigma_to_angle(angle_to_sigma(a)) for a in (0.0, 12.5, 89.0)] == pytest.approx([0.0, 12.5, 89.0])
+
+
+# ---- noise magnitudes ----
+
+
+def test_sigma_is_uniform_up_to_sigma_max(generator):
+    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, generator=generator)
+    assert largest_cdf_gap(sigma, stats.uniform(0, angle_to_sigma(80.0)).cdf) < KS_LIMIT
+
+
+def test_sub_noise_is_uniform_half_of_uniform_sigma(generator):
+    _, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, generator=generator)
+    x = lambda t: np.clip(t / (0.5 * angle_to_sigma(80.0)), 1e-12, 1)
+    assert largest_cdf_gap(sigma_sub, lambda t: x(t) * (1 - np.log(x(t)))) < KS_LIMIT     # product of two uniforms
+
+
+def test_hard_draws_are_a_tenth_and_uniform_over_the_whole_band(generator):
+    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.1, generator=generator)
+    low, high = angle_to_sigma(80.0), angle_to_sigma(85.0)
+    cdf = lambda t: 0.9 * np.clip(t / low, 0, 1) + 0.1 * np.clip((t - low) / (high - low), 0, 1)
+    assert largest_cdf_gap(sigma, cdf) < KS_LIMIT
+    assert 84.99 < sigma_to_angle(sigma.max().item()) <= 85.0
+
+
+def test_hard_draws_change_no_distribution_below_the_band(generator):
+    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, 1.0, generator=generator)
+    assert sigma.min() >= angle_to_sigma(80.0) * (1 - 1e-6)
+    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.0, generator=generator)
+    assert sigma.max() <= angle_to_sigma(80.0)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_small_noise_is_at_most_half_the_large_noise_of_the_same_sample(generator, stratified):
+    sigma, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.5, stratified, generator)
+    ratio = (sigma_sub / sigma)[sigma > 0]
+    assert (sigma_sub <= 0.5 * sigma).all()
+    assert largest_cdf_gap(ratio, stats.uniform(0, 0.5).cdf) < KS_LIMIT       # also where sigma is hard: s * sigma
+    assert largest_cdf_gap(ratio[sigma[sigma > 0] > angle_to_sigma(80.0)], stats.uniform(0, 0.5).cdf) < 2 * KS_LIMIT
+
+
+def test_stratified_draws_hit_every_stratum_once_and_both_ends(generator):
+    r = uniform_sigmas(42, 45.0, stratified=True, generator=generator)[0].sort().values
+    assert r[0] == 0 and r[-1] == pytest.approx(1)
+    assert torch.equal((r[1:-1] * 40).floor(), torch.arange(40.0))
+
+
+def test_logit_normal_draws_are_the_larger_and_smaller_of_two(generator):
+    sigma, sigma_sub = logit_normal_sigmas(N_DRAWS, 85.0, mean=-0.5, std=1.5, generator=generator)
+    one = lambda t: stats.norm(-0.5, 1.5).cdf(np.log(np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12) /
+                                                     (1 - np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12))))
+    assert (sigma >= sigma_sub).all()
+    assert largest_cdf_gap(sigma, lambda t: one(t) ** 2) < KS_LIMIT
+    assert largest_cdf_gap(sigma_sub, lambda t: 1 - (1 - one(t)) ** 2) < KS_LIMIT
+
+
+def test_a_generator_decides_the_draws():
+    for draw in (uniform_sigmas, logit_normal_sigmas):
+        a, b, c = (draw(16, 80.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
+
+
+# ---- schedule and seeded noise ----
+
+
+def test_schedule_ends_where_equation_13_says():
+    assert step_schedule(4, 1.0).tolist() == pytest.approx([2 / 3, 1 / 3, 0.0])
+    assert step_schedule(5, 2.0).tolist() == pytest.approx([9 / 16, 4 / 16, 1 / 16, 0.0])
+    assert step_schedule(6, 0.0).tolist() == [1.0] * 5              # also at t = T, where 0^0 stands
+    assert step_schedule(1, 1.0).tolist() == []
+
+
+def test_noise_of_a_sample_depends_on_seed_and_index_alone():
+    whole = sample_noise(7, 0, 16, (5, 3), draws=4)
+    parts = torch.cat([sample_noise(7, first, min(3, 16 - first), (5, 3), draws=4) for first in range(0, 16, 3)], dim=1)
+    assert torch.equal(whole, parts)
+    assert torch.equal(whole[:1], sample_noise(7, 0, 16, (5, 3), draws=1))      # the first draw, however many follow
+    reference = np.random.Generator(np.random.Philox(key=[7, 9])).standard_normal((4, 5, 3), dtype=np.float32)
+    assert np.array_equal(whole[:, 9].numpy(), reference)
+
+
+def test_noise_differs_between_seeds_indices_and_draws():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**64 - 1]
+    vectors = torch.cat([sample_noise(seed, 0, 2, (6,), draws=2).flatten(0, 1) for seed in seeds])
+    assert len(torch.unique(vectors, dim=0)) == len(vectors) == 20
+
+
+def test_noise_is_standard_normal():
+    assert largest_cdf_gap(sample_noise(0, 0, 100, (1000,)).flatten(), stats.norm.cdf) < KS_LIMIT
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("call, named", [
+    (lambda: spherify(torch.ones(3)), "[3]"),
+    (lambda: spherify(torch.ones(2, 3, dtype=torch.int64)), "int64"),
+    (lambda: add_noise(torch.ones(2, 3), 1.0, torch.ones(2, 4)), "[2, 4]"),
+    (lambda: add_noise(torch.ones(2, 3), torch.ones(3), torch.ones(2, 3)), "[3]"),
+    (lambda: angle_to_sigma(90.0), "90.0"),
+    (lambda: angle_to_sigma(-1.0), "-1.0"),
+    (lambda: angle_to_sigma(float("nan")), "nan"),
+    (lambda: angle_to_sigma(torch.tensor([10.0, 91.0])), "91"),
+    (lambda: sigma_to_angle(-0.5), "-0.5"),
+    (lambda: sigma_to_angle(torch.tensor([-0.5])), "-0.5"),
+    (lambda: uniform_sigmas(4, 95.0), "95.0"),
+    (lambda: uniform_sigmas(4, 80.0, 92.0), "92.0"),
+    (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"),
+    (lambda: uniform_sigmas(4, 80.0, 85.0, 1.5), "1.5"),
+    (lambda: uniform_sigmas(0, 80.0), "0"),
+    (lambda: uniform_sigmas(2, 80.0, stratified=True), "2"),
+    (lambda: logit_normal_sigmas(4, 90.0), "90.0"),
+    (lambda: logit_normal_sigmas(4, 80.0, std=-1.0), "-1.0"),
+    (lambda: step_schedule(0, 1.0), "0"),
+    (lambda: step_schedule(2.5, 1.0), "2.5"),
+    (lambda: step_schedule(4, -1.0), "-1.0"),
+    (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
+    (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)),
+    (lambda: sample_noise(0, -3, 1, (2,)), "-3"),
+])
+def test_bad_input_is_a_value_error_that_names_the_value(call, named):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert named in str(error.value)

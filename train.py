@@ -1,0 +1,719 @@
+"""Training and evaluation of a Sphere Encoder. SE Sec. 2.3, 3, App. C.2, D.
+
+    python train.py                                                    # handwritten digits, minutes on a laptop
+    python train.py --preset folder --data photos --out out/photos     # any folder of class folders
+    torchrun --nproc_per_node=8 train.py --preset fashion-mnist        # one process per GPU
+    python train.py --evaluate out/digits/last.pt
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from numpy.random import SeedSequence
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from tqdm import tqdm
+
+from fid import frechet_distance, read_image, to_uint8
+from losses import WEIGHT_NAMES, lpips_vgg, sphere_encoder_loss
+from models import SphereEncoder
+from sample import Parser, generate, load, pick_device, picture, read_checkpoint, reconstruct
+from spherify import uniform_sigmas
+
+# ---- Presets -------------------------------------------------------------------------------------------------
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a result depends on but the seed. Every field is a command-line option of the same name.
+
+    Defaults are those of the released training scripts (the paper's Table 16 is not in our text).
+    """
+
+    dataset: str = option("folder", "digits, fashion-mnist, or folder (class folders of images)")
+    data: str = option("data", "folder with the data set's files; digits needs none")
+    image_size: int = option(64, "pixels, height and width")
+    flip: bool = option(True, "mirror images at random, probability 0.5")
+    conditional: bool = option(True, "condition encoder and decoder on the class")
+
+    patch_size: int = option(4, "P, pixels")
+    latent_dim: int = option(32, "d, channels of a latent token; L = N d")
+    encoder_size: str | tuple = option("small", "small .. giant, or width,depth,heads")
+    decoder_size: str | tuple = option("small", "small .. giant, or width,depth,heads")
+    mixer_depth: int = option(4, "blocks of each MLP-Mixer")
+    pixel_head: str = option("linear", "linear or conv")
+
+    alpha_max: float = option(80.0, "degrees, largest angle of the usual noise")
+    alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases; equal to alpha_max = off")
+    hard_prob: float = option(0.1, "share of hard cases")
+    stratified: bool = option(False, "spread the noise magnitudes over the batch, as the official code")
+
+    weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
+    perceptual: str = option("lpips-vgg", "perceptual distance: lpips-vgg or none")
+    class_dropout: float = option(0.1, "probability of the null class, drawn for each pass of each image")
+
+    batch_size: int = option(256, "images per iteration, over all processes")
+    iterations: int = option(100_000, "length of the training")
+    lr: float = option(1e-4, "peak learning rate of the decoder")
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine")
+    warmup: int = option(1000, "iterations of linear warm-up")
+    encoder_lr_scale: float = option(0.1, "learning rate of the encoder, as a factor")
+    betas: tuple = option((0.9, 0.95), "of AdamW")
+    weight_decay: float = option(0.0, "of AdamW, on matrices only")
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.9997, "decay of the averaged weights, at most; it rises as (1 + step) / (10 + step)")
+    use_ema: bool = option(False, "sample with the averaged weights")
+
+    log_every: int = option(50, "iterations between lines of log.jsonl")
+    checkpoint_every: int = option(1000, "iterations between checkpoints")
+    picture_every: int = option(5000, "iterations between pictures; 0 = only at the end")
+
+
+PRESETS = {
+    # Real 8x8 digits shown at 16x16; every size and rate is ours, for minutes on a laptop.
+    "digits": Preset(
+        dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16,
+        encoder_size=(96, 3, 4), decoder_size=(96, 3, 4), mixer_depth=2, alpha_max=80.0, alpha_hard=85.0,
+        weights=(1.0, 0.0, 1.0, 0.0, 0.1), perceptual="none", batch_size=64, iterations=850, lr=3e-3, min_lr=1e-5,
+        warmup=50, encoder_lr_scale=1.0, ema=0.99, use_ema=True, log_every=10, checkpoint_every=100, picture_every=200),
+    "fashion-mnist": Preset(
+        dataset="fashion-mnist", image_size=32, patch_size=4, latent_dim=32,
+        encoder_size=(192, 6, 6), decoder_size=(192, 6, 6), weights=(1.0, 0.0, 1.0, 0.0, 0.1), perceptual="none",
+        batch_size=128, iterations=20_000, lr=1e-3, min_lr=1e-6, warmup=500, encoder_lr_scale=1.0,
+        ema=0.999, use_ema=True),
+    "folder": Preset(),
+}
+
+# ---- Data ----------------------------------------------------------------------------------------------------
+
+
+def load_data(preset):
+    """Training set, held-out set (None if the data set has none) and class names of a preset.
+
+    The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3 channels.
+    Raises ValueError or FileNotFoundError that says what to put where.
+    """
+    S, root = preset.image_size, Path(preset.data)
+    if preset.dataset == "digits":
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float() / 16                                         # 1,797 x 8 x 8
+        train, held_out = (in_memory(images[part], digits.target[part], S) for part in (slice(1500), slice(1500, None)))
+        return train, held_out, [str(name) for name in digits.target_names]
+    if preset.dataset == "fashion-mnist":
+        from torchvision.datasets import FashionMNIST
+        try:
+            parts = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{root}: Fashion-MNIST is not there and could not be downloaded ({str(error).splitlines()[0]}); put "
+                f"the four unpacked files train-images-idx3-ubyte ... into {root / 'FashionMNIST' / 'raw'} (Debian "
+                f"has them in the package dataset-fashion-mnist)") from None
+        train, held_out = (in_memory(F.pad(part.data.float() / 255, (2, 2, 2, 2)), part.targets, S) for part in parts)
+        return train, held_out, parts[0].classes
+    if preset.dataset == "folder":
+        train = root / "train" if (root / "train").is_dir() else root
+        held_out = next((root / name for name in ("val", "test") if train != root and (root / name).is_dir()), None)
+        train = image_folder(train, S)
+        held_out = image_folder(held_out, S) if held_out else None
+        if held_out and held_out.classes != train.classes:
+            raise ValueError(f"{held_out.root}: its class folders differ from those of {train.root}")
+        return train, held_out, train.classes
+    raise ValueError(f"--dataset must be digits, fashion-mnist or folder, got {preset.dataset!r}")
+
+
+def in_memory(images, targets, size):
+    """Grey images [B, H, W] in [0, 1] -> data set of uint8 [3, size, size] images; resized bilinearly."""
+    images = F.interpolate(images[:, None], size=(size, size), mode="bilinear")
+    data = TensorDataset(to_uint8(images).expand(-1, 3, -1, -1), torch.as_tensor(targets))
+    data.targets = data.tensors[1].tolist()
+    return data
+
+
+def image_folder(root, size):
+    """Class folders of image files; the shorter side is resized to `size` (bicubic), then the centre is cropped."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; --data must name a folder with one sub-folder of images per "
+                                f"class (or with train/ and val/ or test/ that hold such sub-folders)")
+    try:
+        return ImageFolder(root, loader=read_image, transform=transforms.Compose([
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{root}: {str(error).splitlines()[0]}; expected one sub-folder of images per class") from None
+
+
+def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
+    """Yield, for every step, the data-set indices of a part of the global batch.
+
+    The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of step s
+    begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
+    """
+    order = {}
+    for step in steps:
+        batch = range(step * batch_size, (step + 1) * batch_size)
+        places = [divmod(position, size) for position in batch[mine]]                                 # (epoch, offset)
+        order = {epoch: order[epoch] if epoch in order else
+                 torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist() for epoch, _ in places}
+        yield [order[epoch][offset] for epoch, offset in places]
+
+
+# ---- Randomness ----------------------------------------------------------------------------------------------
+
+
+def hashed(*key):
+    """A key of integers -> 32 bits, all that a CPU generator of torch uses of a seed."""
+    return int(SeedSequence(key).generate_state(1)[0])
+
+
+def seeded(*key):
+    return torch.Generator().manual_seed(hashed(*key))
+
+
+def draw(preset, seed, step):
+    """All random scalars of a training step, for the whole global batch: a function of (seed, step) alone.
+
+    returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY))), sigma [B],
+             sigma_sub [B], e_seed [B]
+    """
+    B, generator = preset.batch_size, seeded(seed, 1, step)
+    sigma, sigma_sub = uniform_sigmas(B, preset.alpha_max, preset.alpha_hard, preset.hard_prob,
+                                      stratified=preset.stratified, generator=generator)
+    return {
+        "flip": (torch.rand(B, generator=generator) < 0.5) & preset.flip,
+        "drop": torch.rand(4, B, generator=generator) < preset.class_dropout,
+        "sigma": sigma,
+        "sigma_sub": sigma_sub,
+        "e_seed": torch.randint(2**63 - 1, (B,), generator=generator),
+    }
+
+
+def gaussian(seeds, shape, device):
+    """Training noise e [len(seeds), *shape], drawn on the device, each sample from a seed of its own."""
+    generator = torch.Generator(device)
+    return torch.stack([torch.randn(shape, device=device, generator=generator.manual_seed(seed))
+                        for seed in seeds.tolist()])
+
+
+# ---- Training ------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """SE Eq. 10 as one forward, which DistributedDataParallel wraps. All randomness comes in from outside."""
+
+    def __init__(self, model, perceptual, weights):
+        super().__init__()
+        self.model, self.perceptual, self.weights = model, perceptual, weights
+
+    def forward(self, x, y, sigma, sigma_sub, e):
+        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, self.weights, self.perceptual)
+
+
+def build_model(preset, class_names):
+    if preset.conditional and len(class_names) < 2:
+        raise ValueError(f"{preset.data} has only the class {class_names[0]!r}; --no-conditional trains without classes")
+    class_names = class_names if preset.conditional else []
+    model = SphereEncoder(preset.image_size, preset.patch_size, preset.latent_dim, len(class_names),
+                          preset.encoder_size, preset.decoder_size, preset.mixer_depth, preset.pixel_head,
+                          preset.alpha_max)
+    model.class_names = class_names
+    return model
+
+
+def build_optimizer(model, preset):
+    """AdamW in four groups: encoder and decoder, each with its matrices (decayed) and the rest (not decayed)."""
+    groups = []
+    for network, scale in ((model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)):
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        for members, decay in (([p for p in parameters if p.ndim > 1], preset.weight_decay),
+                               ([p for p in parameters if p.ndim <= 1], 0.0)):
+            groups.append({"params": members, "weight_decay": decay, "lr_scale": scale})
+    return torch.optim.AdamW(groups, lr=preset.lr, betas=tuple(preset.betas), fused=True)
+
+
+def learning_rate(preset, step):
+    """Linear warm-up, then a cosine that ends at min_lr with the last iteration.
+
+    The official code ends its cosine `warmup` steps earlier and stays at min_lr; the paper does not say.
+    """
+    if step < preset.warmup:
+        return preset.lr * (step + 1) / (preset.warmup + 1)
+    progress = (step - preset.warmup) / max(1, preset.iterations - preset.warmup)
+    return preset.min_lr + (preset.lr - preset.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def update_ema(ema, model, decay, step):
+    """Move the averaged weights towards the model's. The decay rises with the step (assumed: at 0.9997 from the first
+    step on, a short run's average would still be mostly its initial zero output)."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, parameter in zip(ema.parameters(), model.parameters()):
+            average.lerp_(parameter, 1 - decay)
+
+
+def train(preset, out, seed=0, resume=False, device=None, workers=0):
+    """Train a preset into a folder; under torchrun, as one of its processes. Returns the path of the checkpoint.
+
+    preset   Preset (see PRESETS)
+    out      folder for last.pt, log.jsonl, losses.png and samples-*.png; must not hold another run unless resume
+    seed     with the preset decides every number of the run, whatever the number of processes
+    resume   continue from out/last.pt exactly where it was written; preset and seed must be that run's
+    workers  processes that read images
+
+    Raises ValueError or OSError for bad input before anything is written, FloatingPointError if a loss or gradient is
+    not finite, KeyboardInterrupt after saving if Ctrl-C or SIGTERM came.
+    """
+    rank, world = process_rank()
+    out = Path(out)
+    last, log = out / "last.pt", out / "log.jsonl"
+    check_preset(preset, world)
+    checkpoint = check_folder(preset, out, seed, resume)
+    with process_group(device) as device, interruptible() as interrupted:
+
+        # Data, model and its average, optimizer
+        data, held_out, class_names = load_data(preset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hashed(seed, 2))
+            model = build_model(preset, class_names).to(device)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        perceptual = lpips_vgg().to(device) if preset.perceptual == "lpips-vgg" else None
+        objective = Objective(model, perceptual, preset.weights)
+        if world > 1:
+            objective = nn.parallel.DistributedDataParallel(
+                objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        optimizer = build_optimizer(model, preset)
+        start = 0
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            start = checkpoint["step"]
+            if rank == 0:
+                cut_log(log, start)
+
+        def save(step):
+            if rank == 0:
+                save_checkpoint(last, {
+                    "kind": "sphere-encoder", "config": model.config, "class_names": model.class_names,
+                    "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset)})
+
+        if not checkpoint:
+            save(0)                                         # from here on the folder is a run, and can be resumed
+        share = preset.batch_size // world
+        mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
+        steps = range(start, preset.iterations)
+        loader = DataLoader(data, batch_sampler=batch_indices(len(data), preset.batch_size, seed, steps, mine),
+                            num_workers=workers, pin_memory=device.type == "cuda")
+        bar = tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1, disable=rank > 0)
+        window, began = [], time.time()
+
+        for step, (images, labels) in zip(steps, loader):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(preset, step) * group["lr_scale"]
+            random = {name: tensor[..., mine] for name, tensor in draw(preset, seed, step).items()}
+            e = gaussian(random.pop("e_seed"), model.latent_shape, device)                            # [B, N, d]
+            random = {name: tensor.to(device, non_blocking=True) for name, tensor in random.items()}
+            x = images.to(device, non_blocking=True).float() / 127.5 - 1                              # [B, 3, H, W]
+            x = torch.where(random["flip"][:, None, None, None], x.flip(-1), x)
+            y = torch.where(random["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, parts = objective(x, y, random["sigma"], random["sigma_sub"], e)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip)
+            optimizer.step()
+            update_ema(ema, model, preset.ema, step)
+            window.append({"loss": loss.detach(), **parts, "grad_norm": grad_norm})
+            bar.update()
+
+            done, ends = step + 1, step + 1 == preset.iterations
+            logs, saves = done % preset.log_every == 0 or ends, done % preset.checkpoint_every == 0 or ends
+            draws = ends or bool(preset.picture_every) and done % preset.picture_every == 0
+            if not (logs or saves):
+                continue
+            means = drain(window, done, last, device)       # raises at a value that is not finite
+            if rank == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps({"step": done, **means, "lr": learning_rate(preset, step)}) + "\n")
+                speed = (done - start) * preset.batch_size / (time.time() - began)
+                bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in means.items() if value)
+                                    + f", {speed:.0f} images/s", refresh=False)
+            stops = logs and any_process(interrupted.is_set(), device)
+            if saves or stops:
+                save(done)
+            if draws and rank == 0:
+                name = out / f"samples-{done:06d}.png"
+                progress_picture(ema if preset.use_ema else model, held_out or data, device).save(name)
+                plot_losses(log, out / "losses.png")
+                say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
+            if stops and not ends:
+                bar.close()
+                raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; everything is "
+                                        f"in {last}, --resume continues from there")
+        bar.close()
+        say(f"{last}: {preset.iterations} iterations, {time.time() - began:.0f} s since this start")
+    return last
+
+
+def drain(window, done, last, device):
+    """Empty the window of the last iterations; their means over iterations and processes, by name.
+
+    Raises FloatingPointError on all processes together if a value is not finite.
+    """
+    names = list(window[0])
+    values = torch.stack([torch.stack(list(row.values())) for row in window]).double()                # [k, names]
+    first = done - len(window) + 1
+    window.clear()
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    values = values.cpu()
+    wrong = (~values.isfinite()).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise FloatingPointError(f"{names[column]} became {values[row, column].item()} in iteration {first + row}; the "
+                                 f"last good checkpoint is {last}; try a lower --lr or --clip")
+    return dict(zip(names, values.mean(0).tolist()))
+
+
+def check_preset(preset, world):
+    """Raise a ValueError for the first value that cannot be trained with."""
+    p = preset
+    for name in ("image_size", "batch_size", "iterations", "log_every", "checkpoint_every"):
+        if getattr(p, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(p, name)}")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(p, name) < math.inf:
+            raise ValueError(f"--{name} must be a positive number, got {getattr(p, name)}")
+    for name in ("min_lr", "warmup", "encoder_lr_scale", "weight_decay", "picture_every"):
+        if not 0 <= getattr(p, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(p, name)}")
+    for name in ("class_dropout", "ema"):
+        if not 0 <= getattr(p, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(p, name)}")
+    if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
+        raise ValueError(f"--weights must be five numbers of at least 0, not all 0 ({' '.join(WEIGHT_NAMES)}), got {p.weights}")
+    if p.perceptual not in ("none", "lpips-vgg"):
+        raise ValueError(f"--perceptual must be lpips-vgg or none, got {p.perceptual!r}")
+    if p.perceptual == "none" and (p.weights[1] or p.weights[3]):
+        raise ValueError(f"--perceptual none, but the weights of the perceptual terms are {p.weights[1]} and {p.weights[3]}")
+    if p.perceptual != "none" and p.image_size < 16:
+        raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
+    if p.batch_size % world:
+        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of the {world} processes")
+    draw(replace(p, flip=False), 0, 0)      # angles, hard_prob, stratified: uniform_sigmas' own checks
+
+
+def check_folder(preset, out, seed, resume):
+    """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs."""
+    last = out / "last.pt"
+    if not resume:
+        if last.exists() or (out / "log.jsonl").exists() or any(out.glob("samples-*.png")):
+            raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
+        return None
+    if not last.exists():
+        raise FileNotFoundError(f"{last}: nothing to resume; drop --resume to start there, or correct --out")
+    checkpoint = read_checkpoint(last)
+    for name, value in {**asdict(preset), "seed": seed}.items():
+        stored = {**checkpoint["preset"], "seed": checkpoint["seed"]}.get(name)
+        if value != stored and name != "data":              # the files may have moved
+            raise ValueError(f"{last} was trained with --{name.replace('_', '-')} {stored}, not {value}; drop that "
+                             f"option, or start another run with --out")
+    return checkpoint
+
+
+def save_checkpoint(path, checkpoint):
+    """Write beside, flush to disk, read back, rename: at no moment is there no whole checkpoint under the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    torch.load(beside, map_location="cpu", weights_only=True, mmap=True)
+    os.replace(beside, path)
+
+
+def cut_log(log, step):
+    """Drop the lines after a step, which a killed run wrote after its last checkpoint."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    beside = log.with_name(log.name + ".tmp")
+    beside.write_text("".join(kept))
+    os.replace(beside, log)
+
+
+# ---- Processes -----------------------------------------------------------------------------------------------
+
+
+def process_rank():
+    """(rank, number of processes), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Join the other processes of torchrun, if any; yields this process's device."""
+    world = process_rank()[1]
+    if world > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"         # one process per GPU
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield device
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def any_process(flag, device):
+    """True on all processes if it is on one."""
+    if not distributed.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(flags)
+    return flags.item() > 0
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_signal(number, frame):
+        event.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text):
+    """A line on standard output, from the first process only, above the progress bar."""
+    if process_rank()[0] == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------------------
+
+
+def progress_picture(model, data, device, columns=5, rows=10):
+    """Samples at 1, 2 and 4 steps, then reconstructions of real images and these images; a row per class."""
+    targets = torch.tensor(data.targets)
+    classes = targets.unique()[:rows].tolist()
+    chosen = [(targets == c).nonzero()[:columns, 0].tolist() for c in classes]
+    classes = [c for c, places in zip(classes, chosen) if len(places) == columns]
+    x = torch.stack([data[place][0] for places in chosen if len(places) == columns for place in places])
+    x = (x.float() / 127.5 - 1).to(device)
+    y = torch.tensor(classes).repeat_interleave(columns) if model.num_classes else torch.zeros(len(x), dtype=torch.long)
+    panels = {f"{T} step{'s' * (T > 1)}": generate(model, y, T) for T in (1, 2, 4)}
+    panels |= {"reconstruction": reconstruct(model, x), "original": x}
+    names = [model.class_names[c] for c in classes] if model.num_classes else None
+    return picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}, names)
+
+
+def plot_losses(log, path):
+    from matplotlib.figure import Figure
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in ("loss", *WEIGHT_NAMES):
+        if any(line[name] > 0 for line in lines):
+            axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------
+
+
+def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, limit=10_000):
+    """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
+
+    count    number of samples; sample i has class i mod K
+    data     folder of the data set, if it is not where it was at training
+    limit    training images to compare with, at most
+    returns  {row: {column: number}}, which main prints as a table
+
+    All distances are Euclidean on raw pixels in [-1, 1]: the channel mean for grey data sets, averaged down to 16x16
+    where images are larger. Samples are rounded to 8 bits first, as in an image file.
+    - judged right: an SVC (RBF, gamma "scale", C = 10) trained on the real training images names the class asked for
+    - Fréchet: to the training images
+    - nearest: median distance to the nearest training image, divided by that of the held-out images; well below 1
+      means memorised images
+    """
+    checkpoint = read_checkpoint(path)
+    preset = Preset(**checkpoint["preset"])
+    preset = replace(preset, data=data or preset.data)
+    with process_group(device) as device:
+        model = load(path, device)
+        train_images, train_labels = stacked(load_data(preset)[0], limit)
+        held_out = load_data(preset)[1]
+        y = torch.arange(count) % max(model.num_classes, 1)
+        samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
+        if process_rank()[0] > 0:
+            return {}
+        grey = bool((train_images == train_images[:, :1]).all())
+        real = pixel_features(train_images, grey)
+        columns = {f"{T} step{'s' * (T > 1)}": (pixel_features(images, grey), y) for T, images in samples.items()}
+        if held_out is not None:
+            images, labels = stacked(held_out, limit)
+            columns["real held-out"] = (pixel_features(images, grey), labels)
+
+        rows = {}
+        if model.num_classes:
+            from sklearn.svm import SVC
+            judge = SVC(gamma="scale", C=10).fit(real, train_labels)
+            rows["judged right"] = {name: float((judge.predict(x) == labels.numpy()).mean())
+                                    for name, (x, labels) in columns.items()}
+        rows["Fréchet distance"] = {name: frechet_distance(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
+                                    for name, (x, _) in columns.items()}
+        nearest = {name: torch.cdist(x, real).amin(1).quantile(0.5).item() for name, (x, _) in columns.items()}
+        scale = nearest.get("real held-out")
+        rows["nearest" if scale else "nearest (absolute)"] = {k: v / (scale or 1) for k, v in nearest.items()}
+        if held_out is not None:
+            x = images.float() / 127.5 - 1
+            error = torch.cat([(reconstruct(model, part.to(device)).cpu() - part).square().mean((1, 2, 3))
+                               for part in x.split(100)])
+            rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
+    return rows
+
+
+def sample_all(model, y, steps, cfg, seed, batch=100):
+    """Samples 0 .. len(y) - 1 as uint8; fixed batches that the processes take whole, so that their number changes nothing."""
+    rank, world = process_rank()
+    device = next(model.parameters()).device
+    images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device)
+    for start in range(rank * batch, len(y), world * batch):
+        x = generate(model, y[start:start + batch], steps, cfg, seed=seed, first=start)
+        images[start:start + batch] = to_uint8((x + 1) / 2)
+    if world > 1:
+        distributed.all_reduce(images)
+    return images.cpu()
+
+
+def stacked(data, limit):
+    """Images uint8 [n, 3, H, W] and labels [n] of a data set, at most `limit` of them, drawn at random but fixed."""
+    chosen = torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
+    images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100))
+    return torch.cat(images), torch.cat(labels)
+
+
+def pixel_features(images, grey):
+    """uint8 [n, 3, H, W] -> float64 [n, D], pixels in [-1, 1]; see evaluate."""
+    x = images.double() / 127.5 - 1
+    x = x.mean(1, keepdim=True) if grey else x
+    return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
+
+
+# ---- Command line --------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = Parser("train.py", __doc__)
+    run = parser.add_argument_group("run")
+    run.add_argument("--preset", choices=PRESETS, help="settings to start from (default digits)")
+    run.add_argument("--out", help="folder of the run (default out/PRESET)")
+    run.add_argument("--seed", type=int, help="of the training, or of the samples to evaluate (default 0)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out, exactly")
+    run.add_argument("--device", help="default cuda if there is one, else cpu")
+    run.add_argument("--workers", type=int, default=0, help="processes that read images (default %(default)s)")
+    judge = parser.add_argument_group("evaluate instead of training")
+    judge.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples as a table")
+    judge.add_argument("--count", type=int, default=1000, help="number of samples (default %(default)s)")
+    judge.add_argument("--steps", type=ints, default=(1, 2, 4), help="T, one or several (default 1,2,4)")
+    judge.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
+    settings = parser.add_argument_group("settings of the preset, to be overridden (defaults: those of folder)")
+    for f in fields(Preset):
+        name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} ({f.default})"
+        if f.type is bool:
+            settings.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            settings.add_argument(name, type=FIELD_TYPES[f.type], help=text, metavar=FIELD_TYPES[f.type].__name__)
+    args = parser.parse_args(argv)
+    changes = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
+    try:
+        if args.evaluate:
+            given = [name for name in changes if name != "data"] + ["preset"] * bool(args.preset)
+            if given:
+                raise ValueError(f"--evaluate takes its settings from the checkpoint; drop --{given[0].replace('_', '-')}")
+            rows = evaluate(args.evaluate, args.count, args.steps, args.cfg, args.seed or 0, args.data, args.device)
+            print_table(args, rows)
+            return
+        out = Path(args.out or f"out/{args.preset or 'digits'}")
+        preset, seed = PRESETS[args.preset or "digits"], args.seed or 0
+        if args.resume and (out / "last.pt").exists():      # what is not given stays as the run has it
+            checkpoint = read_checkpoint(out / "last.pt")
+            preset = preset if args.preset else Preset(**checkpoint["preset"])
+            seed = checkpoint["seed"] if args.seed is None else args.seed
+        train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # An error of an image-reading process carries its traceback; the message is the last line.
+        line = str(error).strip().splitlines()[-1]
+        parser.exit(2, f"{parser.prog}: {line}\n" if process_rank()[0] == 0 else None)
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or "interrupted at once; the last checkpoint stands")
+        return 130
+
+
+def print_table(args, rows):
+    if not rows:
+        return
+    print(f"{args.evaluate}: {args.count} samples, seed {args.seed or 0}, cfg {args.cfg:g}")
+    columns = list(rows["Fréchet distance"])
+    print(" " * 20 + "".join(f"{column:>15}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:<20}" + "".join(f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns))
+
+
+def ints(text):
+    return tuple(int(word) for word in text.split(","))
+
+
+def floats(text):
+    return tuple(float(word) for word in text.split(","))
+
+
+def size(text):
+    return ints(text) if "," in text else text
+
+
+FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
