@@ -262,8 +262,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)               # [B, heads, N, D]
-        x = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                   # [3, B, heads, N, D]
+        q, k = apply_rope(qkv[:2], rope)
+        x = F.scaled_dot_product_attention(q, k, qkv[2])
         return self.proj(x.transpose(1, 2).flatten(2))                                                # [B, N, W]
 
 

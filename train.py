@@ -287,7 +287,12 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
     out = Path(out)
     last, log = out / "last.pt", out / "log.jsonl"
     check_preset(preset, world)
+    if seed < 0 or workers < 0:
+        raise ValueError(f"--seed and --workers must be at least 0, got {seed} and {workers}")
     checkpoint = check_folder(preset, out, seed, resume)
+    if checkpoint and checkpoint["step"] == preset.iterations:
+        say(f"{last}: already trained for all its {preset.iterations} iterations")
+        return last
     with process_group(device) as device, interruptible() as interrupted:
 
         # Data, model and its average, optimizer
@@ -324,55 +329,53 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         steps = range(start, preset.iterations)
         loader = DataLoader(data, batch_sampler=batch_indices(len(data), preset.batch_size, seed, steps, mine),
-                            num_workers=workers, pin_memory=device.type == "cuda")
-        bar = tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1, disable=rank > 0)
+                            num_workers=workers, pin_memory=device.type == "cuda", generator=seeded(seed))
         window, began = [], time.time()
+        bar = tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1, disable=rank > 0)
+        with bar:
+            for step, (images, labels) in zip(steps, loader):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(preset, step) * group["lr_scale"]
+                random = {name: tensor[..., mine] for name, tensor in draw(preset, seed, step).items()}
+                e = gaussian(random.pop("e_seed"), model.latent_shape, device)                            # [B, N, d]
+                random = {name: tensor.to(device, non_blocking=True) for name, tensor in random.items()}
+                x = images.to(device, non_blocking=True).float() / 127.5 - 1                              # [B, 3, H, W]
+                x = torch.where(random["flip"][:, None, None, None], x.flip(-1), x)
+                y = torch.where(random["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
 
-        for step, (images, labels) in zip(steps, loader):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(preset, step) * group["lr_scale"]
-            random = {name: tensor[..., mine] for name, tensor in draw(preset, seed, step).items()}
-            e = gaussian(random.pop("e_seed"), model.latent_shape, device)                            # [B, N, d]
-            random = {name: tensor.to(device, non_blocking=True) for name, tensor in random.items()}
-            x = images.to(device, non_blocking=True).float() / 127.5 - 1                              # [B, 3, H, W]
-            x = torch.where(random["flip"][:, None, None, None], x.flip(-1), x)
-            y = torch.where(random["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss, parts = objective(x, y, random["sigma"], random["sigma_sub"], e)
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip)
+                optimizer.step()
+                update_ema(ema, model, preset.ema, step)
+                window.append({"loss": loss.detach(), **parts, "grad_norm": grad_norm})
+                bar.update()
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, parts = objective(x, y, random["sigma"], random["sigma_sub"], e)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip)
-            optimizer.step()
-            update_ema(ema, model, preset.ema, step)
-            window.append({"loss": loss.detach(), **parts, "grad_norm": grad_norm})
-            bar.update()
-
-            done, ends = step + 1, step + 1 == preset.iterations
-            logs, saves = done % preset.log_every == 0 or ends, done % preset.checkpoint_every == 0 or ends
-            draws = ends or bool(preset.picture_every) and done % preset.picture_every == 0
-            if not (logs or saves):
-                continue
-            means = drain(window, done, last, device)       # raises at a value that is not finite
-            if rank == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps({"step": done, **means, "lr": learning_rate(preset, step)}) + "\n")
-                speed = (done - start) * preset.batch_size / (time.time() - began)
-                bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in means.items() if value)
-                                    + f", {speed:.0f} images/s", refresh=False)
-            stops = logs and any_process(interrupted.is_set(), device)
-            if saves or stops:
-                save(done)
-            if draws and rank == 0:
-                name = out / f"samples-{done:06d}.png"
-                progress_picture(ema if preset.use_ema else model, held_out or data, device).save(name)
-                plot_losses(log, out / "losses.png")
-                say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
-            if stops and not ends:
-                bar.close()
-                raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; everything is "
-                                        f"in {last}, --resume continues from there")
-        bar.close()
+                done, ends = step + 1, step + 1 == preset.iterations
+                logs, saves = done % preset.log_every == 0 or ends, done % preset.checkpoint_every == 0 or ends
+                draws = ends or bool(preset.picture_every) and done % preset.picture_every == 0
+                if not (logs or saves or draws):
+                    continue
+                means = drain(window, done, last, device)       # raises at a value that is not finite
+                if rank == 0:
+                    with open(log, "a") as file:
+                        file.write(json.dumps({"step": done, **means, "lr": learning_rate(preset, step)}) + "\n")
+                    speed = (done - start) * preset.batch_size / (time.time() - began)
+                    bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in means.items() if value)
+                                        + f", {speed:.0f} images/s", refresh=False)
+                stops = logs and any_process(interrupted.is_set(), device)
+                if saves or stops:
+                    save(done)
+                if draws and rank == 0:
+                    name = out / f"samples-{done:06d}.png"
+                    progress_picture(ema if preset.use_ema else model, held_out or data, device).save(name)
+                    plot_losses(log, out / "losses.png")
+                    say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
+                if stops and not ends:
+                    raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; everything is "
+                                            f"in {last}, --resume continues from there")
         say(f"{last}: {preset.iterations} iterations, {time.time() - began:.0f} s since this start")
     return last
 
@@ -576,6 +579,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     - nearest: median distance to the nearest training image, divided by that of the held-out images; well below 1
       means memorised images
     """
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
     checkpoint = read_checkpoint(path)
     preset = Preset(**checkpoint["preset"])
     preset = replace(preset, data=data or preset.data)
@@ -629,7 +634,7 @@ def sample_all(model, y, steps, cfg, seed, batch=100):
 def stacked(data, limit):
     """Images uint8 [n, 3, H, W] and labels [n] of a data set, at most `limit` of them, drawn at random but fixed."""
     chosen = torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
-    images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100))
+    images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100, generator=seeded(0)))
     return torch.cat(images), torch.cat(labels)
 
 
@@ -683,7 +688,7 @@ def main(argv=None):
         train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of an image-reading process carries its traceback; the message is the last line.
-        line = str(error).strip().splitlines()[-1]
+        line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         parser.exit(2, f"{parser.prog}: {line}\n" if process_rank()[0] == 0 else None)
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted at once; the last checkpoint stands")

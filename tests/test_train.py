@@ -1,0 +1,440 @@
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from conftest import ROOT, TINY, TINY_FLAGS, one_line
+from sample import load, read_checkpoint
+from train import PRESETS, batch_indices, draw, evaluate, gaussian, learning_rate, load_data, main, update_ema
+
+
+def assert_same_run(a, b):
+    """Weights, average, optimizer and log of two run folders are the same bit for bit."""
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    one, two = (read_checkpoint(folder / "last.pt") for folder in (a, b))
+    assert one.keys() == two.keys()
+    for key in one.keys() - {"model", "ema", "optimizer"}:
+        assert one[key] == two[key], key
+    flat = [torch.utils._pytree.tree_leaves([checkpoint[key] for key in ("model", "ema", "optimizer")]) for checkpoint in (one, two)]
+    assert len(flat[0]) == len(flat[1]) > 100
+    for left, right in zip(*flat):
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A tiny run of 12 iterations that nothing disturbs."""
+    return train.train(LONGER, tmp_path_factory.mktemp("unbroken") / "run", seed=1).parent
+
+
+LONGER = replace(TINY, iterations=12, log_every=3)      # checkpoints at 0, 4, 8, 12 and log lines at 3, 4, 6, 8, 9, 12
+LONGER_FLAGS = [*TINY_FLAGS, "--iterations", "12", "--log-every", "3", "--seed", "1", "--device", "cpu"]
+
+
+# ---- randomness ----
+
+
+def test_every_epoch_is_a_permutation_and_batches_need_no_history():
+    whole = [index for batch in batch_indices(10, 4, 7, range(25)) for index in batch]
+    epochs = [whole[i:i + 10] for i in range(0, 100, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 10
+    assert [i for batch in batch_indices(10, 4, 7, range(13, 25)) for i in batch] == whole[52:]
+    assert len(next(batch_indices(3, 10, 7, range(1)))) == 10                # a batch may span several epochs
+
+
+def test_processes_share_the_global_batch():
+    whole = list(batch_indices(10, 4, 7, range(9)))
+    parts = [list(batch_indices(10, 4, 7, range(9), slice(2 * rank, 2 * rank + 2))) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_a_steps_draws_are_a_function_of_seed_and_step():
+    preset = PRESETS["digits"]
+    a, b, c, d = draw(preset, 5, 9), draw(preset, 5, 9), draw(preset, 5, 10), draw(preset, 6, 9)
+    for name in a:
+        assert torch.equal(a[name], b[name])
+    for name in ("sigma", "sigma_sub", "e_seed", "drop"):
+        assert not torch.equal(a[name], c[name]) and not torch.equal(a[name], d[name])
+
+
+def test_class_drops_are_a_tenth_and_independent_in_every_pass():
+    drop = torch.cat([draw(PRESETS["digits"], 0, step)["drop"] for step in range(400)], dim=1).double()     # [4, n]
+    n = drop.shape[1]
+    assert (drop.mean(1) - 0.1).abs().max() < 4 * math.sqrt(0.09 / n)
+    correlation = torch.corrcoef(drop) - torch.eye(4)
+    assert correlation.abs().max() < 4 / math.sqrt(n)
+
+
+def test_flips_only_where_the_preset_has_them():
+    assert not draw(PRESETS["digits"], 0, 0)["flip"].any()
+    flips = torch.cat([draw(replace(PRESETS["digits"], flip=True), 0, s)["flip"] for s in range(50)]).double()
+    assert abs(flips.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(flips))
+
+
+def test_training_noise_of_a_sample_ignores_its_neighbours():
+    seeds = torch.tensor([3, 2**40 + 1, 2**62 + 5])
+    e = gaussian(seeds, (4, 5), "cpu")
+    assert torch.equal(e[1:], gaussian(seeds[1:], (4, 5), "cpu")) and not torch.equal(e[0], e[1])
+
+
+# ---- schedules ----
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_its_minimum():
+    preset = replace(TINY, lr=1.0, min_lr=0.1, warmup=4, iterations=104)
+    rates = [learning_rate(preset, step) for step in range(104)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
+    assert rates[54] == pytest.approx(0.55)                                  # half of the cosine
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and learning_rate(preset, 104) == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+
+
+def test_average_is_a_lerp_whose_decay_rises_to_its_limit():
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for step, decay in ((0, 0.1), (8, 0.5), (10**6, 0.9)):
+        before = ema.weight.clone()
+        update_ema(ema, model, 0.9, step)
+        torch.testing.assert_close(ema.weight.data, decay * before + (1 - decay) * model.weight.data)
+
+
+def test_encoder_learns_at_its_scaled_rate(tmp_path):
+    frozen = replace(TINY, encoder_lr_scale=0.0)
+    at_3, at_6 = (load(train.train(replace(frozen, iterations=n), tmp_path / str(n), seed=2), ema=False) for n in (3, 6))
+    moved = {name for name, p in at_3.named_parameters() if not torch.equal(p, at_6.get_parameter(name))}
+    assert moved and all(name.startswith("decoder.") for name in moved)
+
+
+# ---- resume ----
+
+
+def test_resumed_run_equals_unbroken_run(unbroken, tmp_path, monkeypatch):
+    """Dies after its checkpoint of iteration 4, having logged up to iteration 6, and continues."""
+    whole = train.drain
+
+    def dies_at_6(window, done, *rest):
+        if done == 8:
+            raise RuntimeError("killed")
+        return whole(window, done, *rest)
+
+    monkeypatch.setattr(train, "drain", dies_at_6)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train(LONGER, tmp_path / "run", seed=1)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3 and read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+    monkeypatch.setattr(train, "drain", whole)
+    train.train(LONGER, tmp_path / "run", seed=1, resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+sys.path.insert(0, {root!r})
+import train
+whole, count = torch.save, [0]
+def half(checkpoint, file):
+    count[0] += 1
+    if count[0] == {nth}:
+        file.write(b"half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(checkpoint, file)
+torch.save = half
+train.main(sys.argv[1:])
+"""
+
+
+def test_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(unbroken, tmp_path):
+    out = tmp_path / "run"
+    for nth, options in ((2, []), (2, ["--resume"])):                        # at iteration 4, then at 8
+        script = KILLED_WHILE_WRITING.format(root=str(ROOT), nth=nth if not options else 1)
+        result = subprocess.run([sys.executable, "-c", script, "--out", str(out), *LONGER_FLAGS, *options], capture_output=True)
+        assert result.returncode == -signal.SIGKILL and (out / "last.pt.tmp").exists()
+        assert read_checkpoint(out / "last.pt")["step"] == 0
+    main(["--out", str(out), *LONGER_FLAGS, "--resume"])
+    assert_same_run(out, unbroken)
+
+
+def test_ctrl_c_saves_says_where_and_resumes_exactly(tmp_path):
+    flags = [*LONGER_FLAGS, "--iterations", "300", "--checkpoint-every", "100"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main(["--out", str(whole), *flags])
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", broken, *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (broken / "log.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and str(broken / "last.pt") in output and "--resume" in output
+    assert 0 < read_checkpoint(broken / "last.pt")["step"] < 300
+    main(["--out", str(broken), "--resume"])
+    assert_same_run(broken, whole)
+
+
+def test_resume_of_a_finished_run_does_nothing(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "already trained" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--lr", "0.5"], "--lr 0.003, not 0.5"), (["--seed", "9"], "--seed 1, not 9"), (["--iterations", "99"], "--iterations 12"),
+    (["--preset", "fashion-mnist"], "--dataset digits"),
+])
+def test_resume_refuses_a_setting_that_differs(unbroken, tmp_path, capsys, options, named):
+    shutil.copytree(unbroken, tmp_path / "run")
+    with pytest.raises(SystemExit) as exit:
+        main(["--out", str(tmp_path / "run"), "--resume", *options])
+    assert exit.value.code == 2 and named in one_line(capsys, "train.py: ")
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+# ---- processes ----
+
+
+def torchrun(processes, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
+    """The digits preset but for its length, continued for 20 iterations from a trained checkpoint."""
+    preset = replace(PRESETS["digits"], iterations=60, checkpoint_every=40, log_every=1, picture_every=0)
+    whole = train.save_checkpoint
+
+    def keep(path, checkpoint):
+        whole(path, checkpoint)
+        if checkpoint["step"] == 40:
+            shutil.copytree(path.parent, tmp_path / "two")
+
+    monkeypatch.setattr(train, "save_checkpoint", keep)
+    train.train(preset, tmp_path / "one", seed=11, device="cpu")
+    result = torchrun(2, "--out", tmp_path / "two", "--resume", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[40:]] for name in ("one", "two"))
+    assert len(one) == len(two) == 20 and one[0]["con_l1"] > 1e-4           # trained: noise makes a difference
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=0, abs=1e-5)
+
+
+def test_two_processes_evaluate_as_one(trained):
+    one = evaluate(trained, count=230, steps=(2,))
+    result = torchrun(2, "--evaluate", trained, "--count", "230", "--steps", "2", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert [row[2] for row in table if row[:2] == ["Fréchet", "distance"]] == [f"{one['Fréchet distance']['2 steps']:.4f}"]
+
+
+def test_one_process_reports_a_mistake_of_all(tmp_path):
+    result = torchrun(2, "--out", tmp_path / "run", *TINY_FLAGS, "--batch-size", "7", "--device", "cpu")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode != 0 and len(lines) == 1 and "--batch-size 7" in lines[0] and "2 processes" in lines[0]
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_leaves_checkpoint_log_plot_and_pictures(tmp_path, capsys):
+    main(["--out", str(tmp_path / "run"), *TINY_FLAGS, "--picture-every", "4"])
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["last.pt", "log.jsonl", "losses.png", "samples-000004.png", "samples-000006.png"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    weights = TINY.weights
+    for line in lines:
+        parts = [line[name] for name in train.WEIGHT_NAMES]
+        assert line["loss"] == pytest.approx(sum(w * part for w, part in zip(weights, parts)), rel=1e-5)
+    output = capsys.readouterr().out
+    assert all(name in output for name in names if name != "log.jsonl")
+
+
+def test_a_checkpoint_holds_only_plain_values_and_tensors(trained):
+    allowed = (str, int, float, bool, type(None), torch.Tensor)
+    assert all(isinstance(leaf, allowed) for leaf in torch.utils._pytree.tree_leaves(read_checkpoint(trained)))
+
+
+def test_seeds_and_only_seeds_and_settings_decide_a_run(trained, tmp_path):
+    again = train.train(TINY, tmp_path / "again", seed=3)
+    assert_same_run(again.parent, trained.parent)
+    other = train.train(TINY, tmp_path / "other", seed=4)
+    assert (other.parent / "log.jsonl").read_bytes() != (trained.parent / "log.jsonl").read_bytes()
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    train.train(replace(TINY, iterations=1), tmp_path / "run")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loss_that_is_not_finite_stops_with_iteration_part_and_last_checkpoint(tmp_path, capsys, monkeypatch):
+    whole = train.sphere_encoder_loss
+    calls = []
+
+    def breaks(*args):
+        calls.append(1)
+        loss, parts = whole(*args)
+        return loss, {**parts, "con_l1": parts["con_l1"] / (0 if len(calls) == 6 else 1)}
+
+    monkeypatch.setattr(train, "sphere_encoder_loss", breaks)
+    with pytest.raises(SystemExit) as exit:
+        main(["--out", str(tmp_path / "run"), *LONGER_FLAGS, "--log-every", "4"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and "con_l1" in line and "iteration 6" in line and str(tmp_path / "run" / "last.pt") in line
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+# ---- data ----
+
+
+def test_digits_are_split_1500_297_and_repeated_to_three_channels():
+    data, held_out, names = load_data(PRESETS["digits"])
+    assert (len(data), len(held_out), names) == (1500, 297, list("0123456789"))
+    image, label = data[0]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and label == 0 and image.max() > 200
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of coloured images of unequal sizes."""
+    rng = np.random.default_rng(0)
+    for name, level in (("blue", 30), ("red", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 50, (20 + i, 30, 3), dtype=np.uint8)
+            pixels[..., 0] += level
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+FOLDER_FLAGS = ["--preset", "folder", "--image-size", "16", "--perceptual", "none", "--weights", "1,0,1,0,0.1", *TINY_FLAGS]
+
+
+def test_any_folder_of_class_folders_trains_and_evaluates(folder, tmp_path, capsys):
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS, "--workers", "1"])
+    model = load(tmp_path / "run" / "last.pt")
+    assert model.class_names == ["blue", "red"]
+    main(["--evaluate", str(tmp_path / "run" / "last.pt"), "--count", "20", "--steps", "1"])
+    assert "judged right" in capsys.readouterr().out
+
+
+def test_train_and_val_folders_are_told_apart(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "set" / "train")
+    shutil.copytree(folder, tmp_path / "set" / "val")
+    data, held_out, names = load_data(replace(TINY, dataset="folder", data=str(tmp_path / "set")))
+    assert len(data) == len(held_out) == 12 and names == ["blue", "red"] and data[0][0].shape == (3, 16, 16)
+    shutil.rmtree(tmp_path / "set" / "val" / "red")
+    with pytest.raises(ValueError, match="val"):
+        load_data(replace(TINY, dataset="folder", data=str(tmp_path / "set")))
+
+
+def test_an_unconditional_model_trains_on_a_single_class(folder, tmp_path, capsys):
+    shutil.rmtree(folder / "red")
+    with pytest.raises(SystemExit):
+        main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS])
+    assert "--no-conditional" in one_line(capsys, "train.py: ")
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS, "--no-conditional"])
+    assert load(tmp_path / "run" / "last.pt").num_classes == 0
+    assert "judged right" not in evaluate(tmp_path / "run" / "last.pt", count=10, steps=(1,))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_corrupt_image_is_named_in_one_line(folder, tmp_path, capsys, workers):
+    (folder / "red" / "3.png").write_bytes(b"rubbish")
+    with pytest.raises(SystemExit) as exit:
+        main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS, "--workers", workers])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and line.startswith("train.py: ") and str(folder / "red" / "3.png") in line
+
+
+def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 20), ("t10k", 10)):
+        images = np.full((n, 28, 28), 255, np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + (np.arange(n) % 10).astype(np.uint8).tobytes())
+    data, held_out, names = load_data(replace(PRESETS["fashion-mnist"], data=str(tmp_path)))
+    image, label = data[3]
+    assert (len(data), len(held_out), label, names[9]) == (20, 10, 3, "Ankle boot")
+    assert image.shape == (3, 32, 32) and (image[:, 2:30, 2:30] == 255).all() and image.double().mean() == 255 * (28 / 32) ** 2
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
+    main(["--evaluate", str(trained), "--count", "100", "--steps", "1,2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["1", "step", "2", "steps", "real", "held-out"]
+    rows = {line[:20].strip(): [float(word) for word in line[20:].split()] for line in lines[2:]}
+    assert list(rows) == ["judged right", "Fréchet distance", "nearest", "reconstruction MSE"]
+    assert rows["judged right"][2] == pytest.approx(0.953, abs=0.001)       # the judge itself, on real digits
+    assert rows["Fréchet distance"][2] == pytest.approx(3.01, abs=0.03) and rows["nearest"][2] == 1.0
+
+
+def test_real_training_images_score_as_memorised(trained, monkeypatch):
+    """The measures can fail: 'samples' that copy the training set are all near it, and judged right."""
+    data = load_data(TINY)[0]
+    chosen = [[i for i, t in enumerate(data.targets) if t == k] for k in range(10)]
+
+    def copies(model, y, *rest):
+        return torch.stack([data[chosen[k][i // 10]][0] for i, k in enumerate(y.tolist())])
+
+    monkeypatch.setattr(train, "sample_all", copies)
+    rows = evaluate(trained, count=1000, steps=(1,))
+    assert rows["nearest"]["1 step"] < 0.01 and rows["judged right"]["1 step"] > 0.99
+    assert rows["Fréchet distance"]["1 step"] < 0.5
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--preset", "cifar11"], "cifar11"), (["--lr", "-1"], "-1"), (["--lr", "fast"], "fast"), (["--lr", "nan"], "nan"),
+    (["--batch-size", "0"], "0"), (["--iterations", "0"], "0"), (["--weights", "1,1"], "(1.0, 1.0)"),
+    (["--weights", "1,1,1,1,1"], "perceptual"), (["--weights", "0,0,0,0,0"], "not all 0"), (["--class-dropout", "1.5"], "1.5"), (["--hard-prob", "2"], "2"),
+    (["--alpha-max", "90"], "90"), (["--alpha-hard", "60"], "60"), (["--ema", "-0.1"], "-0.1"), (["--perceptual", "vgg"], "vgg"),
+    (["--encoder-size", "tiny"], "tiny"), (["--encoder-size", "30,2,4"], "30"), (["--patch-size", "5"], "5"),
+    (["--pixel-head", "cnn"], "cnn"), (["--dataset", "mnist"], "mnist"), (["--seed", "-1"], "-1"), (["--device", "abacus"], "abacus"),
+    (["--preset", "folder", "--data", "nowhere"], "nowhere"), (["--no-such-flag"], "--no-such-flag"), (["--resume"], "last.pt"),
+    (["--stratified", "--batch-size", "2"], "2"), (["--checkpoint-every", "0"], "0"), (["--clip", "0"], "0"),
+    (["--evaluate", "nowhere.pt"], "nowhere.pt"), (["--workers", "-1"], "-1"),
+])
+def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit:
+        main(["--out", str(out), *options])
+    assert exit.value.code == 2 and named in one_line(capsys, "train.py: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--count", "0"], "0"), (["--steps", "0"], "0"), (["--cfg", "-1"], "-1"), (["--lr", "1"], "--lr"), (["--preset", "digits"], "--preset"),
+    (["--seed", "-1"], "-1"),
+])
+def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
+    with pytest.raises(SystemExit) as exit:
+        main(["--evaluate", str(trained), *options])
+    assert exit.value.code == 2 and named in one_line(capsys, "train.py: ")
+
+
+def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    with pytest.raises(SystemExit) as exit:
+        main(["--out", str(tmp_path / "run"), *LONGER_FLAGS])
+    assert exit.value.code == 2 and "already holds a run" in one_line(capsys, "train.py: ")
+    assert_same_run(tmp_path / "run", unbroken)
