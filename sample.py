@@ -247,13 +247,17 @@ def draw_samples(args):
         shown.extend(x[:max(0, 256 - len(shown))])                              # a grid of more is not readable
 
     names = [*model.class_names, "null"] if K else [""]
-    captions = [names[c] for c in y[:len(shown)].tolist()]
-    columns = min(len(shown), len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(len(shown))))
-    while len(captions) % columns:                                              # white cells fill the last row
-        captions.append("")
-    images = torch.stack(shown + [torch.ones_like(shown[0])] * (len(captions) - len(shown)))
     title = f"{args.steps} step{'s' * (args.steps > 1)}, cfg {args.cfg:g}, seed {args.seed}"
-    picture({title: images.unflatten(0, (-1, columns))}, captions=captions if K else None).save(grid)
+    by_class = 1 < len(classes) <= 16                                           # then a row per class, else captions
+    columns = min(len(shown), len(classes) if by_class else math.ceil(math.sqrt(len(shown))))
+    white = [torch.ones_like(shown[0])] * (-len(shown) % columns)               # fills the last row
+    images = torch.stack(shown + white).unflatten(0, (-1, columns))             # [rows, columns, 3, H, W]
+    if by_class:
+        drawn = picture({title: images.transpose(0, 1)}, row_names=[names[c] for c in classes[:columns]])
+    else:
+        captions = [names[c] for c in y[:len(shown)].tolist()] + [""] * len(white)
+        drawn = picture({title: images}, captions=captions if K else None)
+    drawn.save(grid)
     print(f"{grid}: {len(shown)} of {args.count} samples")
     if args.singles:
         print(f"{out}/000000.png .. {args.count - 1:06d}.png: one file per sample")

@@ -1,0 +1,53 @@
+"""The README's commands, names and tables are checked against the code."""
+
+import re
+import shlex
+
+import pytest
+
+import sample
+import train
+from conftest import ROOT, TINY
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
+            if line.strip() and not line.startswith("#")]
+
+
+def arguments(program):
+    """The argument lists of every README command that calls a program."""
+    return [shlex.split(command)[shlex.split(command).index(program) + 1:] for command in COMMANDS if f" {program}" in command]
+
+
+def test_there_are_two_set_up_commands_and_ci_runs_the_second():
+    set_up = [command for command in COMMANDS if "requirements.txt" in command]
+    assert len(set_up) == 2 and set_up[0].endswith("python train.py") and set_up[1].endswith("python -m pytest")
+    assert set_up[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
+def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
+    calls = []
+    monkeypatch.setattr(train, "train", lambda preset, out, *rest: calls.append(train.check_preset(preset, 1)))
+    monkeypatch.setattr(train, "evaluate", lambda path, *rest: calls.append(path) or {})
+    assert train.main(argv) is None and len(calls) == 1
+
+
+@pytest.mark.parametrize("argv", arguments("sample.py"), ids=" ".join)
+def test_readme_sampling_commands_draw(argv, trained, tmp_path):
+    argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]          # the last one given counts
+    sample.main(argv)
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
+def test_every_function_and_test_that_the_readme_names_exists():
+    for file, name in re.findall(r"`(\w+\.py)`? ?[:`]+(\w+)", README):
+        text = (ROOT / file if (ROOT / file).exists() else ROOT / "tests" / file).read_text()
+        assert re.search(rf"(def|class) {name}\b", text), f"{file}: {name}"
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
+
+
+def test_every_file_that_the_readme_shows_exists():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
