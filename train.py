@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ from spherify import uniform_sigmas
 # ---- Presets -------------------------------------------------------------------------------------------------
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, low=None, high=math.inf):
+    """A field with its help and, if it is a number, the closed range of its values."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Preset:
 
     dataset: str = option("folder", "digits, fashion-mnist, or folder (class folders of images)")
     data: str = option("data", "folder with the data set's files; digits needs none")
-    image_size: int = option(64, "pixels, height and width")
+    image_size: int = option(64, "pixels, height and width", 1)
     flip: bool = option(True, "mirror images at random, probability 0.5")
     conditional: bool = option(True, "condition encoder and decoder on the class")
 
@@ -61,28 +63,28 @@ class Preset:
 
     alpha_max: float = option(80.0, "degrees, largest angle of the usual noise")
     alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases; equal to alpha_max = off")
-    hard_prob: float = option(0.1, "share of hard cases")
+    hard_prob: float = option(0.1, "share of hard cases", 0, 1)
     stratified: bool = option(False, "spread the noise magnitudes over the batch, as the official code")
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
     perceptual: str = option("lpips-vgg", "perceptual distance: lpips-vgg or none")
-    class_dropout: float = option(0.1, "probability of the null class, drawn for each pass of each image")
+    class_dropout: float = option(0.1, "probability of the null class, drawn for each pass of each image", 0, 1)
 
-    batch_size: int = option(256, "images per iteration, over all processes")
-    iterations: int = option(100_000, "length of the training")
-    lr: float = option(1e-4, "peak learning rate of the decoder")
-    min_lr: float = option(1e-6, "learning rate at the end of the cosine")
-    warmup: int = option(1000, "iterations of linear warm-up")
-    encoder_lr_scale: float = option(0.1, "learning rate of the encoder, as a factor")
+    batch_size: int = option(256, "images per iteration, over all processes", 1)
+    iterations: int = option(100_000, "length of the training", 1)
+    lr: float = option(1e-4, "peak learning rate of the decoder", 0)
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine", 0)
+    warmup: int = option(1000, "iterations of linear warm-up", 0)
+    encoder_lr_scale: float = option(0.1, "learning rate of the encoder, as a factor", 0)
     betas: tuple = option((0.9, 0.95), "of AdamW")
-    weight_decay: float = option(0.0, "of AdamW, on matrices only")
-    clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.9997, "decay of the averaged weights, at most; it rises as (1 + step) / (10 + step)")
+    weight_decay: float = option(0.0, "of AdamW, on matrices only", 0)
+    clip: float = option(1.0, "largest norm of the gradient; 0 = off", 0)
+    ema: float = option(0.9997, "decay of the averaged weights, at most; it rises as (1 + step) / (10 + step)", 0, 1)
     use_ema: bool = option(False, "sample with the averaged weights")
 
-    log_every: int = option(50, "iterations between lines of log.jsonl")
-    checkpoint_every: int = option(1000, "iterations between checkpoints")
-    picture_every: int = option(5000, "iterations between pictures; 0 = only at the end")
+    log_every: int = option(50, "iterations between lines of log.jsonl", 1)
+    checkpoint_every: int = option(1000, "iterations between checkpoints", 1)
+    picture_every: int = option(5000, "iterations between pictures; 0 = only at the end", 0)
 
 
 PRESETS = {
@@ -304,8 +306,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
         perceptual = lpips_vgg().to(device) if preset.perceptual == "lpips-vgg" else None
         objective = Objective(model, perceptual, preset.weights)
         if world > 1:
-            objective = nn.parallel.DistributedDataParallel(
-                objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+            ddp = nn.parallel.DistributedDataParallel       # torch 2.15 renamed the argument
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+            objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None, **{sync: False})
         optimizer = build_optimizer(model, preset)
         start = 0
         if checkpoint:
@@ -347,7 +350,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                     loss, parts = objective(x, y, random["sigma"], random["sigma_sub"], e)
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip)
+                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip or math.inf)
                 optimizer.step()
                 update_ema(ema, model, preset.ema, step)
                 window.append({"loss": loss.detach(), **parts, "grad_norm": grad_norm})
@@ -404,18 +407,13 @@ def drain(window, done, last, device):
 def check_preset(preset, world):
     """Raise a ValueError for the first value that cannot be trained with."""
     p = preset
-    for name in ("image_size", "batch_size", "iterations", "log_every", "checkpoint_every"):
-        if getattr(p, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(p, name)}")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(p, name) < math.inf:
-            raise ValueError(f"--{name} must be a positive number, got {getattr(p, name)}")
-    for name in ("min_lr", "warmup", "encoder_lr_scale", "weight_decay", "picture_every"):
-        if not 0 <= getattr(p, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(p, name)}")
-    for name in ("class_dropout", "ema"):
-        if not 0 <= getattr(p, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(p, name)}")
+    for f in fields(Preset):
+        value, low, high = getattr(p, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not (low <= value <= high and value < math.inf):
+            expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
+            raise ValueError(f"--{f.name.replace('_', '-')} must be {expected}, got {value}")
+    if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
+        raise ValueError(f"--betas must be two numbers from 0 to below 1, got {p.betas}")
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
         raise ValueError(f"--weights must be five numbers of at least 0, not all 0 ({' '.join(WEIGHT_NAMES)}), got {p.weights}")
     if p.perceptual not in ("none", "lpips-vgg"):
@@ -439,12 +437,19 @@ def check_folder(preset, out, seed, resume):
     if not last.exists():
         raise FileNotFoundError(f"{last}: nothing to resume; drop --resume to start there, or correct --out")
     checkpoint = read_checkpoint(last)
-    for name, value in {**asdict(preset), "seed": seed}.items():
-        stored = {**checkpoint["preset"], "seed": checkpoint["seed"]}.get(name)
-        if value != stored and name != "data":              # the files may have moved
-            raise ValueError(f"{last} was trained with --{name.replace('_', '-')} {stored}, not {value}; drop that "
+    stored = asdict(stored_preset(checkpoint, last)) | {"seed": checkpoint["seed"]}
+    for name, value in (asdict(preset) | {"seed": seed}).items():
+        if value != stored[name] and name != "data":        # the files may have moved
+            raise ValueError(f"{last} was trained with --{name.replace('_', '-')} {stored[name]}, not {value}; drop that "
                              f"option, or start another run with --out")
     return checkpoint
+
+
+def stored_preset(checkpoint, path):
+    try:
+        return Preset(**checkpoint["preset"])
+    except TypeError as error:
+        raise ValueError(f"{path}: its settings are those of another version of train.py ({error})") from None
 
 
 def save_checkpoint(path, checkpoint):
@@ -506,7 +511,8 @@ def any_process(flag, device):
 
 @contextlib.contextmanager
 def interruptible():
-    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once."""
+    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once, but not under
+    torchrun, which passes on the Ctrl-C that its processes have already had from the terminal."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -514,7 +520,8 @@ def interruptible():
 
     def on_signal(number, frame):
         event.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if "RANK" not in os.environ:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -537,10 +544,9 @@ def progress_picture(model, data, device, columns=5, rows=10):
     """Samples at 1, 2 and 4 steps, then reconstructions of real images and these images; a row per class."""
     targets = torch.tensor(data.targets)
     classes = targets.unique()[:rows].tolist()
-    chosen = [(targets == c).nonzero()[:columns, 0].tolist() for c in classes]
-    classes = [c for c, places in zip(classes, chosen) if len(places) == columns]
-    x = torch.stack([data[place][0] for places in chosen if len(places) == columns for place in places])
-    x = (x.float() / 127.5 - 1).to(device)
+    columns = min([columns] + [int((targets == c).sum()) for c in classes])
+    chosen = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
+    x = (torch.stack([data[place][0] for place in chosen]).float() / 127.5 - 1).to(device)
     y = torch.tensor(classes).repeat_interleave(columns) if model.num_classes else torch.zeros(len(x), dtype=torch.long)
     panels = {f"{T} step{'s' * (T > 1)}": generate(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
@@ -582,12 +588,12 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     checkpoint = read_checkpoint(path)
-    preset = Preset(**checkpoint["preset"])
+    preset = stored_preset(checkpoint, path)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
         model = load(path, device)
-        train_images, train_labels = stacked(load_data(preset)[0], limit)
-        held_out = load_data(preset)[1]
+        train_set, held_out, _ = load_data(preset)
+        train_images, train_labels = stacked(train_set, limit)
         y = torch.arange(count) % max(model.num_classes, 1)
         samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
         if process_rank()[0] > 0:
@@ -683,7 +689,7 @@ def main(argv=None):
         preset, seed = PRESETS[args.preset or "digits"], args.seed or 0
         if args.resume and (out / "last.pt").exists():      # what is not given stays as the run has it
             checkpoint = read_checkpoint(out / "last.pt")
-            preset = preset if args.preset else Preset(**checkpoint["preset"])
+            preset = preset if args.preset else stored_preset(checkpoint, out / "last.pt")
             seed = checkpoint["seed"] if args.seed is None else args.seed
         train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -200,6 +200,17 @@ def test_resume_refuses_a_setting_that_differs(unbroken, tmp_path, capsys, optio
     assert_same_run(tmp_path / "run", unbroken)
 
 
+def test_a_checkpoint_of_other_settings_is_refused(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    checkpoint = read_checkpoint(unbroken / "last.pt")
+    checkpoint["preset"]["colour"] = "red"
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    for options in (["--out", str(tmp_path / "run"), "--resume"], ["--evaluate", str(tmp_path / "run" / "last.pt")]):
+        with pytest.raises(SystemExit):
+            main(options)
+        assert "another version" in one_line(capsys, "train.py: ")
+
+
 # ---- processes ----
 
 
@@ -331,6 +342,13 @@ def test_any_folder_of_class_folders_trains_and_evaluates(folder, tmp_path, caps
     assert "judged right" in capsys.readouterr().out
 
 
+def test_a_class_of_one_image_is_enough(folder, tmp_path):
+    for path in list((folder / "red").iterdir())[1:]:
+        path.unlink()
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS])
+    assert Image.open(tmp_path / "run" / "samples-000006.png").height > 100
+
+
 def test_train_and_val_folders_are_told_apart(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "set" / "train")
     shutil.copytree(folder, tmp_path / "set" / "val")
@@ -411,7 +429,7 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--encoder-size", "tiny"], "tiny"), (["--encoder-size", "30,2,4"], "30"), (["--patch-size", "5"], "5"),
     (["--pixel-head", "cnn"], "cnn"), (["--dataset", "mnist"], "mnist"), (["--seed", "-1"], "-1"), (["--device", "abacus"], "abacus"),
     (["--preset", "folder", "--data", "nowhere"], "nowhere"), (["--no-such-flag"], "--no-such-flag"), (["--resume"], "last.pt"),
-    (["--stratified", "--batch-size", "2"], "2"), (["--checkpoint-every", "0"], "0"), (["--clip", "0"], "0"),
+    (["--stratified", "--batch-size", "2"], "2"), (["--checkpoint-every", "0"], "0"), (["--clip", "inf"], "inf"), (["--betas", "0.9"], "(0.9,)"), (["--betas", "0.9,1"], "1.0"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"), (["--workers", "-1"], "-1"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
