@@ -39,18 +39,18 @@ def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
     return _smooth_l1(x_NOISY, target), _perceptual(perceptual, x_NOISY, target)
 
 
-def latent_consistency_loss(v, z_NOISY, eps=1e-6):
+def latent_consistency_loss(v, z_again, eps=1e-6):
     """1 - cosine similarity of E(D(v_NOISY)) and the clean latent, each one vector of length L. SE Eq. 9.
 
     v        [B, N, d]  clean latent, on the sphere or not (the cosine does not see the radius). Detached here: Eq. 9
                         writes no sg(.), the released code has one; the gradient reaches the encoder's second pass
                         and, through the image, the decoder
-    z_NOISY  [B, N, d]  E(D(v_NOISY))
+    z_again  [B, N, d]  E(D(v_NOISY)), the encoder's second pass
     returns  scalar, mean over the batch
     """
     with torch.autocast(v.device.type, enabled=False):
-        v, z_NOISY = at_least_float32(v.detach()).flatten(1), at_least_float32(z_NOISY).flatten(1)    # [B, L]
-        return (1 - F.cosine_similarity(v, z_NOISY, dim=1, eps=eps)).mean()
+        v, z_again = at_least_float32(v.detach()).flatten(1), at_least_float32(z_again).flatten(1)  # [B, L]
+        return (1 - F.cosine_similarity(v, z_again, dim=1, eps=eps)).mean()
 
 
 def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None):
@@ -109,7 +109,8 @@ def lpips_vgg(random_trunk=False):
         place = os.path.join(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
         raise FileNotFoundError(
             f"LPIPS needs torchvision's VGG16 weights and could not download them ({error.reason}); place "
-            f"https://download.pytorch.org/models/vgg16-397923af.pth at {place}, or use --perceptual none") from None
+            f"https://download.pytorch.org/models/vgg16-397923af.pth at {place}, or train without it: "
+            f"--perceptual none --weights 1,0,1,0,0.1") from None
     return network.requires_grad_(False).eval()
 
 

@@ -1,14 +1,12 @@
 """Networks: the Sphere Encoder's ViT encoder and decoder with their MLP-Mixers. SE Sec. 2.4.
 
-What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system. Parameter
-names under `encoder.` and `decoder.` follow the released checkpoints.
+What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system, and so are the
+parameters' names, but for those inside the Mixers' MLPs and the pixel heads.
 
     x  [B, 3, H, W]  image in [-1, 1]           y  [B] int64 class, K = num_classes is the null class
     z  [B, N, d]     Euclidean latent           v  [B, N, d]  latent on the sphere
-    N = h * w tokens, h = H / P, w = W / P, W below also the width of the transformer
+    N = h w tokens, h = H / P, w = W / P        D  width of the transformer
 """
-
-import math
 
 import torch
 from torch import nn
@@ -64,6 +62,8 @@ class SphereEncoder(nn.Module):
         self.num_classes = num_classes
         self.alpha_max = alpha_max
         grid = (H // patch_size, W // patch_size)
+        if min(grid if pixel_head == "conv" else (H, W)) < 2:
+            raise ValueError(f"image_size {image_size} with patch_size {patch_size} is too small for the pixel head")
         self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
         self.encoder = Encoder(grid, patch_size, latent_dim, num_classes, encoder_size, mixer_depth)
         self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth, pixel_head)
@@ -111,19 +111,21 @@ class ViT(nn.Module):
     def __init__(self, grid, num_classes, size, out_dim):
         super().__init__()
         width, depth, heads = _size(size)
-        conditional = num_classes > 0
+        self.width, self.conditional = width, num_classes > 0
         # Fixed, but a parameter: released checkpoints hold it, and their parameter counts include it.
-        self.pos_embed = nn.Parameter(sincos_table(grid, width)[None], requires_grad=False)           # [1, N, W]
-        self.register_buffer("rope", rope_table(grid, width // heads), persistent=False)              # [2, N, W/heads/2]
-        if conditional:
+        self.pos_embed = nn.Parameter(sincos_table(grid, width)[None], requires_grad=False)  # [1, N, D]
+        self.register_buffer("rope", rope_table(grid, width // heads), persistent=False)  # [2, N, D/heads/2]
+        if self.conditional:
             self.y_embedder = ClassTable(num_classes, width)
-        self.blocks = nn.ModuleList([Block(width, heads, conditional) for _ in range(depth)])
-        self.ffn = ModulatedLinear(width, out_dim, conditional)
-        self.conditional = conditional
+        self.blocks = nn.ModuleList([Block(width, heads, self.conditional) for _ in range(depth)])
+        self.ffn = ModulatedLinear(width, out_dim, self.conditional)
 
-    def transform(self, x, y):
-        """Embedded tokens [B, N, W] and classes [B] -> tokens [B, N, out_dim]."""
-        c = self.y_embedder(y) if self.conditional else None                                          # [B, 1, W]
+    def embed(self, y):
+        """Classes [B] -> class vectors c [B, 1, D], None if unconditional."""
+        return self.y_embedder(y) if self.conditional else None
+
+    def transform(self, x, c):
+        """Embedded tokens [B, N, D] and class vectors [B, 1, D] -> tokens [B, N, out_dim]."""
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x, c, self.rope)
@@ -148,20 +150,19 @@ class Encoder(ViT):
 
     def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth):
         super().__init__(grid, num_classes, size, latent_dim)
-        width = _size(size)[0]
         self.x_embedder = nn.Sequential(
-            nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False),
-            nn.Conv2d(width, width, 1),
+            nn.Conv2d(3, self.width, patch_size, stride=patch_size, bias=False),
+            nn.Conv2d(self.width, self.width, 1),
         )
         self.out = Mixer(grid[0] * grid[1], latent_dim, mixer_depth) if mixer_depth else nn.Identity()
         self.initialize()
         for conv in self.x_embedder:
-            nn.init.xavier_uniform_(conv.weight.view(width, -1))     # fans of the flattened patch
+            nn.init.xavier_uniform_(conv.weight.view(self.width, -1))     # fans of the flattened patch
         nn.init.zeros_(self.x_embedder[1].bias)
 
     def forward(self, x, y):
-        tokens = self.x_embedder(x).flatten(2).transpose(1, 2)                                        # [B, N, W]
-        return self.out(self.transform(tokens, y))                                                    # [B, N, d]
+        tokens = self.x_embedder(x).flatten(2).transpose(1, 2)                              # [B, N, D]
+        return self.out(self.transform(tokens, self.embed(y)))                              # [B, N, d]
 
 
 class Decoder(ViT):
@@ -170,12 +171,12 @@ class Decoder(ViT):
     def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth, pixel_head):
         if pixel_head not in ("linear", "conv"):
             raise ValueError(f"pixel_head must be 'linear' or 'conv', got {pixel_head!r}")
-        super().__init__(grid, num_classes, size, 3 * patch_size**2 if pixel_head == "linear" else CONV_HEAD_CHANNELS)
-        width = _size(size)[0]
-        self.x_embedder = nn.Sequential(nn.Linear(latent_dim, width))
+        linear = pixel_head == "linear"
+        super().__init__(grid, num_classes, size, 3 * patch_size**2 if linear else CONV_HEAD_CHANNELS)
+        self.x_embedder = nn.Sequential(nn.Linear(latent_dim, self.width))
         if mixer_depth:
-            self.x_embedder.append(Mixer(grid[0] * grid[1], width, mixer_depth))
-        self.out = LinearHead(grid, patch_size) if pixel_head == "linear" else ConvHead(grid, patch_size)
+            self.x_embedder.append(Mixer(grid[0] * grid[1], self.width, mixer_depth))
+        self.out = LinearHead(grid, patch_size) if linear else ConvHead(grid, patch_size)
         self.initialize()
         for module in self.x_embedder.modules():
             if isinstance(module, nn.Linear):
@@ -186,7 +187,7 @@ class Decoder(ViT):
                 nn.init.zeros_(module.bias)
 
     def forward(self, v, y):
-        return self.out(self.transform(self.x_embedder(v), y))                                        # [B, 3, H, W]
+        return self.out(self.transform(self.x_embedder(v), self.embed(y)))                  # [B, 3, H, W]
 
 
 class LinearHead(nn.Module):
@@ -199,8 +200,8 @@ class LinearHead(nn.Module):
 
     def forward(self, tokens):
         (h, w), P = self.grid, self.patch_size
-        x = tokens.view(-1, h, w, 3, P, P).permute(0, 3, 1, 4, 2, 5)                                  # [B, 3, h, P, w, P]
-        return torch.tanh(self.conv(x.reshape(-1, 3, h * P, w * P)))                                  # [B, 3, H, W]
+        x = tokens.view(-1, h, w, 3, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, 3, h, P, w, P]
+        return torch.tanh(self.conv(x.reshape(-1, 3, h * P, w * P)))                        # [B, 3, H, W]
 
 
 class ConvHead(nn.Module):
@@ -213,8 +214,8 @@ class ConvHead(nn.Module):
         self.upsample = nn.ConvTranspose2d(CONV_HEAD_CHANNELS, 3, patch_size + 2, stride=patch_size, padding=1)
 
     def forward(self, tokens):
-        x = tokens.transpose(1, 2).reshape(len(tokens), CONV_HEAD_CHANNELS, *self.grid)               # [B, 32, h, w]
-        return torch.tanh(self.upsample(F.silu(self.conv(x))))                                        # [B, 3, H, W]
+        x = tokens.transpose(1, 2).reshape(len(tokens), CONV_HEAD_CHANNELS, *self.grid)     # [B, 32, h, w]
+        return torch.tanh(self.upsample(F.silu(self.conv(x))))                              # [B, 3, H, W]
 
 
 # ---- Transformer layers --------------------------------------------------------------------------------------
@@ -236,13 +237,13 @@ class Block(nn.Module):
         if c is None:
             x = x + self.attn(self.norm1(x), rope)
             return x + self.mlp(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)                       # [B, 1, W] each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)             # [B, 1, D] each
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class AdaLN(nn.Sequential):
-    """Class vector c [B, 1, W] -> `count` modulation vectors [B, 1, W]; all zero at initialisation."""
+    """Class vector c [B, 1, D] -> `count` modulation vectors [B, 1, D]; all zero at initialisation."""
 
     def __init__(self, width, count):
         super().__init__(nn.SiLU(), nn.Linear(width, count * width))
@@ -262,10 +263,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                   # [3, B, heads, N, D]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head_dim]
         q, k = apply_rope(qkv[:2], rope)
         x = F.scaled_dot_product_attention(q, k, qkv[2])
-        return self.proj(x.transpose(1, 2).flatten(2))                                                # [B, N, W]
+        return self.proj(x.transpose(1, 2).flatten(2))                                      # [B, N, D]
 
 
 class SwiGLU(nn.Module):
@@ -304,13 +305,13 @@ class ClassTable(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y):
-        return self.embedding_table(y)[:, None]                                                       # [B, 1, W]
+        return self.embedding_table(y)[:, None]                                             # [B, 1, D]
 
 
 class Mixer(nn.Module):
     """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
 
-    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm with learned weight, which bounds the latent's magnitude.
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which keeps the latent's magnitude near its learned weight.
     """
 
     def __init__(self, tokens, dim, depth):
@@ -353,7 +354,7 @@ def sincos_table(grid, width):
     """
     rows, columns = _positions(grid)
     frequency = ROPE_THETA ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    halves = [position[:, None] * frequency for position in (columns, rows)]                          # [N, width/4] each
+    halves = [position[:, None] * frequency for position in (columns, rows)]  # [N, width/4] each
     return torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1).float()
 
 
@@ -364,14 +365,14 @@ def rope_table(grid, head_dim):
     """
     rows, columns = _positions(grid)
     frequency = ROPE_THETA ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    angle = torch.cat([position[:, None] * frequency for position in (rows, columns)], dim=1)         # [N, head_dim/2]
+    angle = torch.cat([position[:, None] * frequency for position in (rows, columns)], dim=1)  # [N, head_dim/2]
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def apply_rope(x, rope):
     """Rotate the channel pairs (0, 1), (2, 3), ... of x [..., N, head_dim]; computed in float32."""
     cos, sin = rope
-    a, b = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2)).unbind(-1)           # [..., N, head_dim/2]
+    a, b = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2)).unbind(-1)  # [..., N, head_dim/2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -386,7 +387,6 @@ def _size(size):
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or (width, depth, heads)")
         size = SIZES[size]
-    width, depth, heads = size
-    if width % (4 * heads) or depth < 1 or heads < 1:
-        raise ValueError(f"size (width, depth, heads) = {tuple(size)}: width / heads must be a multiple of 4")
-    return width, depth, heads
+    if len(size) != 3 or min(size) < 1 or size[0] % (4 * size[2]):
+        raise ValueError(f"a size must be (width, depth, heads), all positive, width a multiple of 4 heads; got {size}")
+    return size

@@ -8,6 +8,7 @@ import argparse
 import math
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from models import SphereEncoder
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 
 POSITIONS = ("encoder", "decoder", "combo")
+CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "optimizer", "step", "seed", "preset", "images"}
 
 
 @torch.no_grad()
@@ -97,19 +99,23 @@ def _guidance_scales(cfg, position, conditional):
 
 
 def read_checkpoint(path):
-    """The dictionary that train.py wrote, on the CPU.
+    """The dictionary that train.py wrote; its tensors stay on disk until they are used.
 
-    Raises FileNotFoundError or ValueError, naming the path, if it is missing or not such a file.
+    Raises FileNotFoundError or ValueError, naming the path, if it is missing, damaged or not such a file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train one with train.py, or correct the path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                 # torch.load does not look at the checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "sphere-encoder":
+    if damaged:
+        raise ValueError(f"{path}: damaged, {damaged} in it fails its checksum; use another copy")
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEYS - checkpoint.keys() or checkpoint["kind"] != "sphere-encoder":
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py")
     return checkpoint
 
@@ -123,8 +129,12 @@ def load(path, device="cpu", ema=None):
     Raises FileNotFoundError or ValueError, naming the path.
     """
     checkpoint = read_checkpoint(path)
-    model = SphereEncoder(**checkpoint["config"])
-    model.load_state_dict(checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"])
+    try:
+        model = SphereEncoder(**checkpoint["config"])
+        model.load_state_dict(checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"])
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit this version's SphereEncoder ({reason})") from None
     model.class_names = checkpoint["class_names"]
     return model.to(device).eval()
 
@@ -186,8 +196,9 @@ def pick_device(name):
     """Device of a name, or the first GPU if there is one and the name is None. Raises ValueError if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
@@ -220,6 +231,8 @@ def main(argv=None):
         draw_samples(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; what {args.out} holds is incomplete\n")
 
 
 def draw_samples(args):
@@ -234,13 +247,15 @@ def draw_samples(args):
     if args.classes and not K:
         raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
     classes = args.classes or list(range(max(K, 1)))
+    if not all(0 <= c <= K for c in classes):
+        raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), got {args.classes}")
     y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])    # balanced, and y[i] depends on i alone
-    out.mkdir(parents=True, exist_ok=True)
 
     shown = []
     for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
         x = generate(model, y[start:start + args.batch_size], args.steps, args.cfg, alpha=args.alpha,
                      gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed, first=start).cpu()
+        out.mkdir(parents=True, exist_ok=True)          # only now: a bad option leaves no folder behind
         if args.singles:
             for k, image in enumerate(x):
                 to_pil(image).save(out / f"{start + k:06d}.png")

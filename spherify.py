@@ -144,7 +144,7 @@ def step_schedule(steps, gamma):
     returns  [T - 1]  float32
     Raises ValueError for steps < 1 or gamma < 0.
     """
-    if int(steps) != steps or steps < 1:
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")

@@ -45,7 +45,9 @@ def option(default, help, low=None, high=math.inf):
 class Preset:
     """Everything that a result depends on but the seed. Every field is a command-line option of the same name.
 
-    Defaults are those of the released training scripts (the paper's Table 16 is not in our text).
+    Angles, class dropout and Mixer depth are the paper's (Sec. 2.4, C.2). Loss weights, batch, learning rates, betas,
+    clipping, EMA and the use of plain weights are those of the released CIFAR-10 script (the paper's Table 16 is not in
+    our text). Image, patch and model size, length, warm-up and intervals are ours.
     """
 
     dataset: str = option("folder", "digits, fashion-mnist, or folder (class folders of images)")
@@ -62,9 +64,9 @@ class Preset:
     pixel_head: str = option("linear", "linear or conv")
 
     alpha_max: float = option(80.0, "degrees, largest angle of the usual noise")
-    alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases; equal to alpha_max = off")
-    hard_prob: float = option(0.1, "share of hard cases", 0, 1)
-    stratified: bool = option(False, "spread the noise magnitudes over the batch, as the official code")
+    alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases")
+    hard_prob: float = option(0.1, "share of hard cases; 0 = off", 0, 1)
+    stratified: bool = option(False, "spread the noise magnitudes over the global batch")
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
     perceptual: str = option("lpips-vgg", "perceptual distance: lpips-vgg or none")
@@ -192,7 +194,7 @@ def seeded(*key):
     return torch.Generator().manual_seed(hashed(*key))
 
 
-def draw(preset, seed, step):
+def random_draws(preset, seed, step):
     """All random scalars of a training step, for the whole global batch: a function of (seed, step) alone.
 
     returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY))), sigma [B],
@@ -282,8 +284,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
     resume   continue from out/last.pt exactly where it was written; preset and seed must be that run's
     workers  processes that read images
 
-    Raises ValueError or OSError for bad input before anything is written, FloatingPointError if a loss or gradient is
-    not finite, KeyboardInterrupt after saving if Ctrl-C or SIGTERM came.
+    Raises ValueError or OSError for bad input, before anything is written where it can be known by then (an unreadable
+    image cannot: mend it and resume), FloatingPointError if a loss or gradient is not finite, KeyboardInterrupt after
+    saving if Ctrl-C or SIGTERM came.
     """
     rank, world = process_rank()
     out = Path(out)
@@ -298,36 +301,42 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
     with process_group(device) as device, interruptible() as interrupted:
 
         # Data, model and its average, optimizer
-        data, held_out, class_names = load_data(preset)
+        with one_process_first():
+            data, held_out, class_names = load_data(preset)
+            perceptual = lpips_vgg().to(device) if any(preset.weights[1::2]) else None
+        if checkpoint and (checkpoint["images"], checkpoint["class_names"]) != (len(data), class_names * preset.conditional):
+            raise ValueError(f"{last} was trained on {checkpoint['images']} images, classes {checkpoint['class_names']}; "
+                             f"{preset.data} now has {len(data)}, classes {class_names}; restore the data set")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
-        perceptual = lpips_vgg().to(device) if preset.perceptual == "lpips-vgg" else None
         objective = Objective(model, perceptual, preset.weights)
         if world > 1:
             ddp = nn.parallel.DistributedDataParallel       # torch 2.15 renamed the argument
             sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
             objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None, **{sync: False})
         optimizer = build_optimizer(model, preset)
+
+        def save(step):
+            save_checkpoint(last, {
+                "kind": "sphere-encoder", "config": model.config, "class_names": model.class_names,
+                "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset),
+                "images": len(data)})
+
         start = 0
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = checkpoint["step"]
+            checkpoint = None                               # so that its memory can go
             if rank == 0:
                 cut_log(log, start)
-
-        def save(step):
-            if rank == 0:
-                save_checkpoint(last, {
-                    "kind": "sphere-encoder", "config": model.config, "class_names": model.class_names,
-                    "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset)})
-
-        if not checkpoint:
+        elif rank == 0:
             save(0)                                         # from here on the folder is a run, and can be resumed
+
         share = preset.batch_size // world
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         steps = range(start, preset.iterations)
@@ -339,15 +348,15 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
             for step, (images, labels) in zip(steps, loader):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(preset, step) * group["lr_scale"]
-                random = {name: tensor[..., mine] for name, tensor in draw(preset, seed, step).items()}
-                e = gaussian(random.pop("e_seed"), model.latent_shape, device)                            # [B, N, d]
-                random = {name: tensor.to(device, non_blocking=True) for name, tensor in random.items()}
-                x = images.to(device, non_blocking=True).float() / 127.5 - 1                              # [B, 3, H, W]
-                x = torch.where(random["flip"][:, None, None, None], x.flip(-1), x)
-                y = torch.where(random["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
+                drawn = {name: tensor[..., mine] for name, tensor in random_draws(preset, seed, step).items()}
+                e = gaussian(drawn.pop("e_seed"), model.latent_shape, device)                # [B, N, d]
+                drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
+                x = images.to(device, non_blocking=True).float() / 127.5 - 1                 # [B, 3, H, W]
+                x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
+                y = torch.where(drawn["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
 
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss, parts = objective(x, y, random["sigma"], random["sigma_sub"], e)
+                    loss, parts = objective(x, y, drawn["sigma"], drawn["sigma_sub"], e)
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip or math.inf)
@@ -358,8 +367,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
 
                 done, ends = step + 1, step + 1 == preset.iterations
                 logs, saves = done % preset.log_every == 0 or ends, done % preset.checkpoint_every == 0 or ends
-                draws = ends or bool(preset.picture_every) and done % preset.picture_every == 0
-                if not (logs or saves or draws):
+                shows = ends or bool(preset.picture_every) and done % preset.picture_every == 0
+                if not (logs or saves or shows):
                     continue
                 means = drain(window, done, last, device)       # raises at a value that is not finite
                 if rank == 0:
@@ -369,9 +378,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                     bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in means.items() if value)
                                         + f", {speed:.0f} images/s", refresh=False)
                 stops = logs and any_process(interrupted.is_set(), device)
-                if saves or stops:
+                if (saves or stops) and rank == 0:
                     save(done)
-                if draws and rank == 0:
+                if shows and rank == 0:
                     name = out / f"samples-{done:06d}.png"
                     progress_picture(ema if preset.use_ema else model, held_out or data, device).save(name)
                     plot_losses(log, out / "losses.png")
@@ -411,7 +420,7 @@ def check_preset(preset, world):
         value, low, high = getattr(p, f.name), f.metadata["low"], f.metadata["high"]
         if low is not None and not (low <= value <= high and value < math.inf):
             expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
-            raise ValueError(f"--{f.name.replace('_', '-')} must be {expected}, got {value}")
+            raise ValueError(f"{flag(f.name)} must be {expected}, got {value}")
     if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
         raise ValueError(f"--betas must be two numbers from 0 to below 1, got {p.betas}")
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
@@ -419,19 +428,20 @@ def check_preset(preset, world):
     if p.perceptual not in ("none", "lpips-vgg"):
         raise ValueError(f"--perceptual must be lpips-vgg or none, got {p.perceptual!r}")
     if p.perceptual == "none" and (p.weights[1] or p.weights[3]):
-        raise ValueError(f"--perceptual none, but the weights of the perceptual terms are {p.weights[1]} and {p.weights[3]}")
+        raise ValueError(f"--perceptual none needs weights of 0 for the perceptual terms, such as --weights 1,0,1,0,0.1; "
+                         f"got {p.weights}")
     if p.perceptual != "none" and p.image_size < 16:
         raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
     if p.batch_size % world:
         raise ValueError(f"--batch-size {p.batch_size} must be a multiple of the {world} processes")
-    draw(replace(p, flip=False), 0, 0)      # angles, hard_prob, stratified: uniform_sigmas' own checks
+    random_draws(p, 0, 0)                               # angles and stratified: uniform_sigmas' own checks
 
 
 def check_folder(preset, out, seed, resume):
     """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs."""
     last = out / "last.pt"
     if not resume:
-        if last.exists() or (out / "log.jsonl").exists() or any(out.glob("samples-*.png")):
+        if any((out / name).exists() for name in ("last.pt", "log.jsonl", "losses.png")) or any(out.glob("samples-*.png")):
             raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
         return None
     if not last.exists():
@@ -440,8 +450,8 @@ def check_folder(preset, out, seed, resume):
     stored = asdict(stored_preset(checkpoint, last)) | {"seed": checkpoint["seed"]}
     for name, value in (asdict(preset) | {"seed": seed}).items():
         if value != stored[name] and name != "data":        # the files may have moved
-            raise ValueError(f"{last} was trained with --{name.replace('_', '-')} {stored[name]}, not {value}; drop that "
-                             f"option, or start another run with --out")
+            raise ValueError(f"{last} was trained with {flag(name)} {stored[name]}, not {value}; --resume takes all "
+                             f"settings from the run: drop --preset and that option, or start another run with --out")
     return checkpoint
 
 
@@ -460,14 +470,17 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    torch.load(beside, map_location="cpu", weights_only=True, mmap=True)
+    read_checkpoint(beside)                             # checks what stands on the disk
     os.replace(beside, path)
 
 
 def cut_log(log, step):
     """Drop the lines after a step, which a killed run wrote after its last checkpoint."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{log}: not the log of a run; move it away to go on without the lines so far") from None
     beside = log.with_name(log.name + ".tmp")
     beside.write_text("".join(kept))
     os.replace(beside, log)
@@ -498,6 +511,17 @@ def process_group(device):
         yield device
     finally:
         distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_process_first():
+    """Let the first process of each machine go ahead: it downloads what is missing, and the others find it."""
+    waits = distributed.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        distributed.barrier()
+    yield
+    if distributed.is_initialized() and not waits:
+        distributed.barrier()
 
 
 def any_process(flag, device):
@@ -585,14 +609,17 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     - nearest: median distance to the nearest training image, divided by that of the held-out images; well below 1
       means memorised images
     """
-    if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+    if count < 2:
+        raise ValueError(f"--count must be at least 2, since a covariance needs two samples; got {count}")
     checkpoint = read_checkpoint(path)
     preset = stored_preset(checkpoint, path)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
         model = load(path, device)
-        train_set, held_out, _ = load_data(preset)
+        with one_process_first():
+            train_set, held_out, class_names = load_data(preset)
+        if class_names * preset.conditional != checkpoint["class_names"]:
+            raise ValueError(f"{path} was trained on the classes {checkpoint['class_names']}; {preset.data} has {class_names}")
         train_images, train_labels = stacked(train_set, limit)
         y = torch.arange(count) % max(model.num_classes, 1)
         samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
@@ -662,36 +689,43 @@ def main(argv=None):
     run.add_argument("--seed", type=int, help="of the training, or of the samples to evaluate (default 0)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, exactly")
     run.add_argument("--device", help="default cuda if there is one, else cpu")
-    run.add_argument("--workers", type=int, default=0, help="processes that read images (default %(default)s)")
+    run.add_argument("--workers", type=int, help="processes that read images (default 0)")
     judge = parser.add_argument_group("evaluate instead of training")
     judge.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples as a table")
-    judge.add_argument("--count", type=int, default=1000, help="number of samples (default %(default)s)")
-    judge.add_argument("--steps", type=ints, default=(1, 2, 4), help="T, one or several (default 1,2,4)")
-    judge.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
+    judge.add_argument("--count", type=int, help="number of samples (default 1000)")
+    judge.add_argument("--steps", type=ints, help="T, one or several (default 1,2,4)")
+    judge.add_argument("--cfg", type=float, help="guidance scale, 1 = off (default 1)")
     settings = parser.add_argument_group("settings of the preset, to be overridden (defaults: those of folder)")
     for f in fields(Preset):
-        name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} ({f.default})"
+        name = flag(f.name)
+        text = f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})"
         if f.type is bool:
             settings.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
             settings.add_argument(name, type=FIELD_TYPES[f.type], help=text, metavar=FIELD_TYPES[f.type].__name__)
     args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
     changes = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
     try:
+        judging = {"count", "steps", "cfg"}
+        misplaced = (given.keys() | changes.keys()) - judging - {"evaluate", "seed", "device", "data"}
+        if args.evaluate and misplaced:
+            raise ValueError(f"--evaluate takes its settings from the checkpoint; drop {flag(min(misplaced))}")
         if args.evaluate:
-            given = [name for name in changes if name != "data"] + ["preset"] * bool(args.preset)
-            if given:
-                raise ValueError(f"--evaluate takes its settings from the checkpoint; drop --{given[0].replace('_', '-')}")
-            rows = evaluate(args.evaluate, args.count, args.steps, args.cfg, args.seed or 0, args.data, args.device)
-            print_table(args, rows)
+            chosen = {name: given[name] for name in judging | {"seed", "data", "device"} if name in given}
+            print_table(args.evaluate, chosen, evaluate(args.evaluate, **chosen))
             return
+        if judging & given.keys():
+            raise ValueError(f"{flag(min(judging & given.keys()))} belongs to --evaluate; "
+                             f"the length of a training is --iterations")
         out = Path(args.out or f"out/{args.preset or 'digits'}")
         preset, seed = PRESETS[args.preset or "digits"], args.seed or 0
         if args.resume and (out / "last.pt").exists():      # what is not given stays as the run has it
             checkpoint = read_checkpoint(out / "last.pt")
             preset = preset if args.preset else stored_preset(checkpoint, out / "last.pt")
             seed = checkpoint["seed"] if args.seed is None else args.seed
-        train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers)
+            del checkpoint
+        train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers or 0)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of an image-reading process carries its traceback; the message is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -701,14 +735,18 @@ def main(argv=None):
         return 130
 
 
-def print_table(args, rows):
-    if not rows:
+def print_table(path, chosen, rows):
+    if not rows:                                            # not the first process
         return
-    print(f"{args.evaluate}: {args.count} samples, seed {args.seed or 0}, cfg {args.cfg:g}")
+    print(f"{path}: {chosen.get('count', 1000)} samples, seed {chosen.get('seed', 0)}, cfg {chosen.get('cfg', 1):g}")
     columns = list(rows["Fréchet distance"])
     print(" " * 20 + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
         print(f"{name:<20}" + "".join(f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def ints(text):

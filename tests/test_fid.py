@@ -72,6 +72,12 @@ def test_frechet_equals_the_matrix_square_root_formula():
     assert frechet_distance(ZERO, S1, ZERO, S2) == pytest.approx(expected, rel=1e-7)
 
 
+def test_frechet_uses_the_symmetric_part_of_a_covariance():
+    S, skew = covariance(), np.random.default_rng(6).standard_normal((D, D))
+    skew -= skew.T
+    assert frechet_distance(ZERO, S + skew, ZERO, I) == pytest.approx(frechet_distance(ZERO, S, ZERO, I), rel=1e-9)
+
+
 @pytest.mark.parametrize("change, named", [({1: np.eye(3)}, "[3, 3]"), ({2: np.zeros(5)}, "[5]"), ({3: I * np.nan}, "finite")])
 def test_bad_statistics_are_named(change, named):
     arguments = [change.get(i, value) for i, value in enumerate((ZERO, I, ZERO, I))]

@@ -5,9 +5,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from conftest import ROOT, with_seeded_weights
-from models import SIZES, Mixer, SphereEncoder, apply_rope, rope_table, sincos_table
+from models import SIZES, ConvHead, LinearHead, Mixer, SphereEncoder, apply_rope, rope_table, sincos_table
 from spherify import spherify
 
 IMAGE = (256, 8)
@@ -211,6 +212,34 @@ def test_sincos_table_encodes_the_column_first():
     torch.testing.assert_close(table[0, 4, 4:8], torch.cos(4 * 10000.0 ** (-torch.arange(4) / 4.0)))
 
 
+def test_position_tables_are_those_of_the_models_own_grid(model):
+    for network, head_dim in ((model.encoder, 8), (model.decoder, 12)):
+        assert torch.equal(network.rope, rope_table((3, 5), head_dim))
+        assert torch.equal(network.pos_embed[0], sincos_table((3, 5), network.width))
+
+
+# ---- pixel heads ----
+
+
+def test_linear_head_puts_every_patch_in_its_place():
+    head = LinearHead((3, 5), 4)
+    torch.nn.init.dirac_(head.conv.weight)
+    torch.nn.init.zeros_(head.conv.bias)
+    image = torch.rand(2, 3, 12, 20) - 0.5
+    patches = image.unflatten(2, (3, 4)).unflatten(4, (5, 4))                # [B, 3, h, P, w, P]
+    tokens = torch.stack([patches[:, :, i, :, j] for i in range(3) for j in range(5)], dim=1).flatten(2)
+    torch.testing.assert_close(head(tokens), torch.tanh(image))
+
+
+def test_conv_head_is_reflect_conv_silu_transposed_conv_tanh():
+    head = with_seeded_weights(ConvHead((3, 5), 4))
+    tokens = torch.randn(2, 15, 32)
+    x = torch.stack([tokens[:, 5 * i:5 * i + 5] for i in range(3)], dim=1).permute(0, 3, 1, 2)   # [B, 32, h, w]
+    x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), head.conv.weight, head.conv.bias)
+    x = F.conv_transpose2d(x * torch.sigmoid(x), head.upsample.weight, head.upsample.bias, stride=4, padding=1)
+    torch.testing.assert_close(head(tokens), torch.tanh(x))
+
+
 # ---- mixers ----
 
 
@@ -244,6 +273,8 @@ def test_mixers_stand_at_the_encoders_end_and_the_decoders_start(model):
     (dict(patch_size=5), "16"), (dict(patch_size=0), "0"), (dict(image_size=2), "2"), (dict(encoder_size="tiny"), "tiny"),
     (dict(decoder_size=(30, 1, 4)), "30"), (dict(pixel_head="cnn"), "cnn"), (dict(alpha_max=90.0), "90"),
     (dict(num_classes=-1), "-1"), (dict(latent_dim=0), "0"), (dict(mixer_depth=-2), "-2"),
+    (dict(encoder_size=(16, 1, 0)), "(16, 1, 0)"), (dict(encoder_size=(16, 1)), "(16, 1)"),
+    (dict(image_size=4, pixel_head="conv"), "pixel head"), (dict(image_size=1, patch_size=1), "pixel head"),
 ])
 def test_sizes_that_do_not_fit_are_named(change, named):
     good = dict(image_size=16, patch_size=4, latent_dim=4, num_classes=2, encoder_size=(16, 1, 2),

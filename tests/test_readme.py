@@ -7,7 +7,7 @@ import pytest
 
 import sample
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
@@ -29,7 +29,7 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
     calls = []
     monkeypatch.setattr(train, "train", lambda preset, out, *rest: calls.append(train.check_preset(preset, 1)))
-    monkeypatch.setattr(train, "evaluate", lambda path, *rest: calls.append(path) or {})
+    monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     assert train.main(argv) is None and len(calls) == 1
 
 
@@ -41,13 +41,19 @@ def test_readme_sampling_commands_draw(argv, trained, tmp_path):
 
 
 def test_every_function_and_test_that_the_readme_names_exists():
-    for file, name in re.findall(r"`(\w+\.py)`? ?[:`]+(\w+)", README):
-        text = (ROOT / file if (ROOT / file).exists() else ROOT / "tests" / file).read_text()
+    functions = re.findall(r"`(\w+\.py):(\w+)`", README)
+    assert len(functions) > 10
+    for file, name in functions:
+        text = (ROOT / file).read_text()
         assert re.search(rf"(def|class) {name}\b", text), f"{file}: {name}"
-    for name in re.findall(r"`(test_\w+)`", README):
+    tests = re.findall(r"`(test_\w+)`", README)
+    assert len(tests) > 10
+    for name in tests:
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
 
 
 def test_every_file_that_the_readme_shows_exists():
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+    paths = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(paths) > 6
+    for path in paths:
         assert (ROOT / path).exists(), path

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 from conftest import ROOT, one_line, with_seeded_weights
 from models import SphereEncoder
 from sample import generate, load, main, picture, read_checkpoint, reconstruct
@@ -168,16 +169,22 @@ class Explosive:
         return (open, ("exploded", "w"))
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "code", "other"])
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "flipped", "pickle", "code", "other", "keys", "config",
+                                    "weights"])
 def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "bad.pt"
-    if damage == "code":
-        path.write_bytes(pickle.dumps(Explosive()))
-    elif damage == "other":
-        torch.save({"weights": torch.zeros(2)}, path)
+    path, good, checkpoint = tmp_path / "bad.pt", trained.read_bytes(), dict(read_checkpoint(trained))
+    middle = len(good) // 2
+    raw = {"text": b"hello", "empty": b"", "truncated": good[:20_000], "pickle": pickle.dumps(Explosive()),
+           "flipped": good[:middle] + bytes([good[middle] ^ 64]) + good[middle + 1:]}
+    if damage in raw:
+        path.write_bytes(raw[damage])
+    elif damage == "keys":
+        torch.save({key: value for key, value in checkpoint.items() if key != "optimizer"}, path)
     else:
-        path.write_bytes({"text": b"hello", "empty": b"", "truncated": trained.read_bytes()[:20_000]}[damage])
+        change = {"code": {"preset": Explosive()}, "config": {"config": {**checkpoint["config"], "colour": 1}},
+                  "weights": {"ema": dict(list(checkpoint["ema"].items())[:-1])}, "other": {"kind": "other"}}
+        torch.save({**checkpoint, **change[damage]}, path)
     with pytest.raises(SystemExit) as exit:
         main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
     assert exit.value.code == 2 and str(path) in one_line(capsys, "sample.py: ")
@@ -202,43 +209,71 @@ def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(
     assert abs(np.asarray(Image.open(tmp_path / "a" / "000005.png")) - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
 
 
-@pytest.mark.parametrize("options", [
-    ["--cfg", "2", "--position", "decoder"], ["--gamma", "1", "--fresh"], ["--alpha", "60"], ["--no-ema"],
-    ["--classes", "3,10"], ["--count", "1"], ["--count", "23", "--classes", "4"],
+@pytest.mark.parametrize("options, meaning", [
+    (["--steps", "3"], dict(steps=3)), (["--cfg", "2"], dict(cfg=2.0)), (["--fresh"], dict(shared=False)),
+    (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")), (["--gamma", "1"], dict(gamma=1.0)),
+    (["--alpha", "60"], dict(alpha=60.0)), (["--seed", "9"], dict(seed=9)), (["--no-ema"], dict(ema=False)),
+    (["--classes", "3,10"], dict(y=[3, 10, 3, 10])),
 ])
-def test_every_option_of_the_command_draws_a_picture(trained, tmp_path, options):
-    run(trained, tmp_path, "--count", "4", "--steps", "2", *options)
-    assert np.asarray(Image.open(tmp_path / "samples.png")).std() > 10
+def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, options, meaning):
+    run(trained, tmp_path, "--count", "4", "--steps", "2", "--singles", *options)
+    settings = {**dict(y=[0, 1, 2, 3], steps=2), **meaning}
+    model = load(trained, ema=settings.pop("ema", None))
+    expected = generate(model, settings.pop("y"), **settings)
+    for i in range(4):
+        drawn = np.asarray(Image.open(tmp_path / f"{i:06d}.png"))
+        assert abs(drawn - ((expected[i] + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+
+
+def test_grids_have_a_row_per_class_or_a_caption_per_image(trained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "picture", lambda panels, **names: seen.append((*panels.values(), names)) or Image.new("L", (1, 1)))
+    run(trained, tmp_path / "rows", "--count", "5", "--steps", "1", "--classes", "3,5")
+    run(trained, tmp_path / "captions", "--count", "5", "--steps", "1", "--classes", "7")
+    x = generate(load(trained), [3, 5, 3, 5, 3], 1)
+    images, names = seen[0]
+    assert names == {"row_names": ["3", "5"]} and images.shape[:2] == (2, 3)
+    torch.testing.assert_close(images[0], x[[0, 2, 4]])
+    torch.testing.assert_close(images[1], torch.cat([x[[1, 3]], torch.ones_like(x[:1])]))          # a white cell
+    images, names = seen[1]
+    assert names == {"captions": ["7"] * 5 + [""]} and images.shape[:2] == (2, 3)
 
 
 def test_a_picture_shows_every_image_where_it_belongs():
-    images = torch.linspace(-1, 1, 6).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 48, 48)
-    drawn = np.asarray(picture({"one": images, "two": -images}, ["a", "b"]))
-    grey = [drawn[26 + 50 * row + 25, :, 0] for row in range(2)]
+    images = torch.linspace(-0.9, 0.8, 6).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 48, 48)
+    drawn = np.asarray(picture({"one": images, "two": -images}, ["a", "b"]))[:, :, 0].astype(int)
     for row in range(2):
-        for column in range(3):
-            for value in (images[row, column, 0, 0, 0], -images[row, column, 0, 0, 0]):
-                assert round(((value + 1) * 127.5).item()) in grey[row].astype(int)
+        line = drawn[26 + 50 * row + 25]
+        runs = [value for value, length in run_lengths(line) if length == 48]
+        expected = [round(((value + 1) * 127.5).item()) for value in [*images[row, :, 0, 0, 0], *-images[row, :, 0, 0, 0]]]
+        assert runs == pytest.approx(expected, abs=1)
+
+
+def run_lengths(line):
+    ends = [*np.flatnonzero(np.diff(line)), len(line) - 1]
+    return [(line[end], end - start) for start, end in zip([-1, *ends], ends)]
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--steps", "0"], "0"), (["--steps", "many"], "many"), (["--cfg", "-2"], "-2"), (["--count", "0"], "0"),
-    (["--classes", "11"], "11"), (["--classes", "a"], "'a'"), (["--alpha", "90"], "90"), (["--gamma", "-1"], "-1"),
-    (["--position", "left"], "left"), (["--seed", "-1"], "-1"), (["--step", "3"], "--step"), (["--batch-size", "0"], "0"),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt"), (["--device", "abacus"], "abacus"),
+    (["--steps", "0"], "steps must"), (["--steps", "many"], "many"), (["--cfg", "-2"], "-2"), (["--count", "0"], "--count"),
+    (["--classes", "0,1,11", "--batch-size", "2", "--singles"], "11"), (["--classes", "a"], "'a'"), (["--alpha", "90"], "90"),
+    (["--gamma", "-1"], "gamma"), (["--position", "left"], "left"), (["--seed", "-1"], "seed"), (["--step", "3"], "--step"),
+    (["--batch-size", "0"], "--batch-size"), (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"),
 ])
 def test_bad_options_are_one_line_and_leave_nothing(trained, tmp_path, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
         run(trained, tmp_path / "out", *options)
     assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ")
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
-def test_classes_of_an_unconditional_checkpoint_are_refused(tmp_path, capsys):
+def test_classes_of_an_unconditional_checkpoint_are_refused(trained, tmp_path, capsys):
     model = with_seeded_weights(SphereEncoder(16, 4, 4, 0, (16, 1, 2), (16, 1, 2), 1))
-    torch.save({"kind": "sphere-encoder", "config": model.config, "class_names": [], "use_ema": False,
+    torch.save({**read_checkpoint(trained), "config": model.config, "class_names": [], "use_ema": False,
                 "model": model.state_dict()}, tmp_path / "last.pt")
     run(tmp_path / "last.pt", tmp_path / "out", "--count", "5")
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         run(tmp_path / "last.pt", tmp_path / "out2", "--classes", "1")
     assert "unconditional" in one_line(capsys, "sample.py: ")

@@ -151,7 +151,7 @@ def test_hard_draws_are_a_tenth_and_uniform_over_the_whole_band(generator):
     assert 84.99 < sigma_to_angle(sigma.max().item()) <= 85.0
 
 
-def test_hard_draws_change_no_distribution_below_the_band(generator):
+def test_hard_probability_zero_and_one_mean_never_and_always(generator):
     sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, 1.0, generator=generator)
     assert sigma.min() >= angle_to_sigma(80.0) * (1 - 1e-6)
     sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.0, generator=generator)
@@ -171,6 +171,9 @@ def test_stratified_draws_hit_every_stratum_once_and_both_ends(generator):
     r = uniform_sigmas(42, 45.0, stratified=True, generator=generator)[0].sort().values
     assert r[0] == 0 and r[-1] == pytest.approx(1)
     assert torch.equal((r[1:-1] * 40).floor(), torch.arange(40.0))
+    sigma, sigma_sub = uniform_sigmas(42, 45.0, stratified=True, generator=generator)
+    s = (sigma_sub / sigma)[sigma > 0].sort().values * 2 * 40               # s is spread in the same way
+    assert ((s[1:] - s[:-1]) < 4).all() and s[0] < 3 and s[-1] > 37
 
 
 def test_logit_normal_draws_are_the_larger_and_smaller_of_two(generator):
@@ -241,6 +244,7 @@ def test_noise_is_standard_normal():
     (lambda: logit_normal_sigmas(4, 80.0, std=-1.0), "-1.0"),
     (lambda: step_schedule(0, 1.0), "0"),
     (lambda: step_schedule(2.5, 1.0), "2.5"),
+    (lambda: step_schedule(math.inf, 1.0), "inf"),
     (lambda: step_schedule(4, -1.0), "-1.0"),
     (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
     (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)),

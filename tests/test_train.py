@@ -16,8 +16,9 @@ from PIL import Image
 
 import train
 from conftest import ROOT, TINY, TINY_FLAGS, one_line
+from losses import lpips_vgg, sphere_encoder_loss
 from sample import load, read_checkpoint
-from train import PRESETS, batch_indices, draw, evaluate, gaussian, learning_rate, load_data, main, update_ema
+from train import PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws, update_ema
 
 
 def assert_same_run(a, b):
@@ -62,7 +63,7 @@ def test_processes_share_the_global_batch():
 
 def test_a_steps_draws_are_a_function_of_seed_and_step():
     preset = PRESETS["digits"]
-    a, b, c, d = draw(preset, 5, 9), draw(preset, 5, 9), draw(preset, 5, 10), draw(preset, 6, 9)
+    a, b, c, d = random_draws(preset, 5, 9), random_draws(preset, 5, 9), random_draws(preset, 5, 10), random_draws(preset, 6, 9)
     for name in a:
         assert torch.equal(a[name], b[name])
     for name in ("sigma", "sigma_sub", "e_seed", "drop"):
@@ -70,7 +71,7 @@ def test_a_steps_draws_are_a_function_of_seed_and_step():
 
 
 def test_class_drops_are_a_tenth_and_independent_in_every_pass():
-    drop = torch.cat([draw(PRESETS["digits"], 0, step)["drop"] for step in range(400)], dim=1).double()     # [4, n]
+    drop = torch.cat([random_draws(PRESETS["digits"], 0, step)["drop"] for step in range(400)], dim=1).double()     # [4, n]
     n = drop.shape[1]
     assert (drop.mean(1) - 0.1).abs().max() < 4 * math.sqrt(0.09 / n)
     correlation = torch.corrcoef(drop) - torch.eye(4)
@@ -78,8 +79,8 @@ def test_class_drops_are_a_tenth_and_independent_in_every_pass():
 
 
 def test_flips_only_where_the_preset_has_them():
-    assert not draw(PRESETS["digits"], 0, 0)["flip"].any()
-    flips = torch.cat([draw(replace(PRESETS["digits"], flip=True), 0, s)["flip"] for s in range(50)]).double()
+    assert not random_draws(PRESETS["digits"], 0, 0)["flip"].any()
+    flips = torch.cat([random_draws(replace(PRESETS["digits"], flip=True), 0, s)["flip"] for s in range(50)]).double()
     assert abs(flips.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(flips))
 
 
@@ -87,6 +88,52 @@ def test_training_noise_of_a_sample_ignores_its_neighbours():
     seeds = torch.tensor([3, 2**40 + 1, 2**62 + 5])
     e = gaussian(seeds, (4, 5), "cpu")
     assert torch.equal(e[1:], gaussian(seeds[1:], (4, 5), "cpu")) and not torch.equal(e[0], e[1])
+
+
+def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
+    """Three iterations by hand: data, flip, class drops, noise, loss, clipping, AdamW and average."""
+    perceptual = lpips_vgg(random_trunk=True)
+    monkeypatch.setattr(train, "lpips_vgg", lambda: perceptual)
+    preset = replace(TINY, iterations=3, flip=True, class_dropout=0.5, clip=0.01, weight_decay=0.3, encoder_lr_scale=0.5,
+                     perceptual="lpips-vgg", weights=(2.0, 0.5, 1.0, 0.25, 0.1), ema=0.15, warmup=1)
+    path = train.train(preset, tmp_path / "run", seed=8, device="cpu")
+
+    data = load_data(preset)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(train.hashed(8, 2))
+        model = train.build_model(preset, [str(k) for k in range(10)])
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [[p for name, p in trainable.items() if name.startswith(side) and (p.ndim > 1) == matrix]
+               for side in ("encoder", "decoder") for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": group, "weight_decay": 0.3 * (i % 2 == 0)} for i, group in enumerate(decayed)],
+                                  lr=0.0, betas=(0.9, 0.95))
+    order = torch.randperm(1500, generator=train.seeded(8, 0, 0))
+    for step, lr in enumerate((preset.lr / 2, preset.lr, (preset.lr + preset.min_lr) / 2)):
+        drawn = random_draws(preset, 8, step)
+        chosen = order[8 * step:8 * step + 8].tolist()
+        x = torch.stack([data[i][0] for i in chosen]).float() / 127.5 - 1
+        x = torch.stack([image.flip(2) if flip else image for image, flip in zip(x, drawn["flip"])])
+        labels = torch.tensor([data[i][1] for i in chosen])
+        y = torch.stack([torch.where(drop, 10, labels) for drop in drawn["drop"]])
+        e = gaussian(drawn["e_seed"], model.latent_shape, "cpu")
+        loss, _ = sphere_encoder_loss(model, x, y, drawn["sigma"], drawn["sigma_sub"], e, preset.weights, perceptual)
+        gradients = torch.autograd.grad(loss, list(trainable.values()))
+        norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+        assert norm > 0.01                                                  # so that clipping acts
+        for p, g in zip(trainable.values(), gradients):
+            p.grad = g * 0.01 / (norm + 1e-6)
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = lr * (0.5 if i < 2 else 1.0)
+        optimizer.step()
+        decay = min(0.15, (1 + step) / (10 + step))
+        for name, p in trainable.items():
+            average[name] = decay * average[name] + (1 - decay) * p.detach()
+
+    stored = read_checkpoint(path)
+    for name, p in trainable.items():
+        torch.testing.assert_close(stored["model"][name], p.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stored["ema"][name], average[name], rtol=1e-4, atol=1e-6)
 
 
 # ---- schedules ----
@@ -156,11 +203,11 @@ train.main(sys.argv[1:])
 
 def test_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(unbroken, tmp_path):
     out = tmp_path / "run"
-    for nth, options in ((2, []), (2, ["--resume"])):                        # at iteration 4, then at 8
-        script = KILLED_WHILE_WRITING.format(root=str(ROOT), nth=nth if not options else 1)
+    for nth, options, stands in ((3, [], 4), (1, ["--resume"], 4)):          # both die writing the one of iteration 8
+        script = KILLED_WHILE_WRITING.format(root=str(ROOT), nth=nth)
         result = subprocess.run([sys.executable, "-c", script, "--out", str(out), *LONGER_FLAGS, *options], capture_output=True)
-        assert result.returncode == -signal.SIGKILL and (out / "last.pt.tmp").exists()
-        assert read_checkpoint(out / "last.pt")["step"] == 0
+        assert result.returncode == -signal.SIGKILL and (out / "last.pt.tmp").read_bytes() == b"half a checkpoint"
+        assert read_checkpoint(out / "last.pt")["step"] == stands
     main(["--out", str(out), *LONGER_FLAGS, "--resume"])
     assert_same_run(out, unbroken)
 
@@ -190,7 +237,7 @@ def test_resume_of_a_finished_run_does_nothing(unbroken, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, named", [
     (["--lr", "0.5"], "--lr 0.003, not 0.5"), (["--seed", "9"], "--seed 1, not 9"), (["--iterations", "99"], "--iterations 12"),
-    (["--preset", "fashion-mnist"], "--dataset digits"),
+    (["--preset", "fashion-mnist"], "drop --preset"),
 ])
 def test_resume_refuses_a_setting_that_differs(unbroken, tmp_path, capsys, options, named):
     shutil.copytree(unbroken, tmp_path / "run")
@@ -209,6 +256,33 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(options)
         assert "another version" in one_line(capsys, "train.py: ")
+
+
+def test_resume_and_evaluation_refuse_another_data_set(folder, tmp_path, capsys):
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), *FOLDER_FLAGS])
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), "--resume"])
+    last = tmp_path / "run" / "last.pt"
+    torch.save({**read_checkpoint(last), "step": 3}, tmp_path / "earlier.pt")
+    shutil.copy(tmp_path / "earlier.pt", last)
+    (folder / "red").rename(folder / "green")
+    before = last.read_bytes()
+    for options in (["--out", str(tmp_path / "run"), "--resume"], ["--evaluate", str(last), "--count", "4"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(options)
+        line = one_line(capsys, "train.py: ")
+        assert "red" in line and "green" in line and last.read_bytes() == before
+
+
+def test_a_log_that_is_none_is_refused(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    torch.save({**read_checkpoint(unbroken / "last.pt"), "step": 8}, tmp_path / "run" / "last.pt")
+    for content in ("diary\n", '{"iteration": 3}\n', "3\n"):
+        (tmp_path / "run" / "log.jsonl").write_text(content)
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path / "run"), "--resume"])
+        assert "log.jsonl: not the log of a run" in one_line(capsys, "train.py: ")
+        assert (tmp_path / "run" / "log.jsonl").read_text() == content
 
 
 # ---- processes ----
@@ -430,7 +504,9 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--pixel-head", "cnn"], "cnn"), (["--dataset", "mnist"], "mnist"), (["--seed", "-1"], "-1"), (["--device", "abacus"], "abacus"),
     (["--preset", "folder", "--data", "nowhere"], "nowhere"), (["--no-such-flag"], "--no-such-flag"), (["--resume"], "last.pt"),
     (["--stratified", "--batch-size", "2"], "2"), (["--checkpoint-every", "0"], "0"), (["--clip", "inf"], "inf"), (["--betas", "0.9"], "(0.9,)"), (["--betas", "0.9,1"], "1.0"),
-    (["--evaluate", "nowhere.pt"], "nowhere.pt"), (["--workers", "-1"], "-1"),
+    (["--evaluate", "nowhere.pt"], "drop --out"), (["--workers", "-1"], "-1"), (["--steps", "5000"], "--iterations"),
+    (["--count", "3"], "--count"), (["--cfg", "2"], "--cfg"), (["--encoder-size", "16,1"], "(16, 1)"),
+    (["--image-size", "1", "--patch-size", "1"], "pixel head"), (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
     out = tmp_path / "run"
@@ -441,13 +517,23 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, 
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--count", "0"], "0"), (["--steps", "0"], "0"), (["--cfg", "-1"], "-1"), (["--lr", "1"], "--lr"), (["--preset", "digits"], "--preset"),
-    (["--seed", "-1"], "-1"),
+    (["--count", "1"], "--count"), (["--steps", "0"], "steps"), (["--cfg", "-1"], "cfg"), (["--workers", "2"], "--workers"), (["--resume"], "--resume"), (["--lr", "1"], "--lr"), (["--preset", "digits"], "--preset"),
+    (["--seed", "-1"], "-1"), (["--evaluate", "nowhere.pt"], "nowhere.pt"),
 ])
 def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
         main(["--evaluate", str(trained), *options])
     assert exit.value.code == 2 and named in one_line(capsys, "train.py: ")
+
+
+def test_a_folder_with_a_file_of_the_same_name_is_refused(tmp_path, capsys):
+    for name in ("last.pt", "log.jsonl", "losses.png", "samples-000100.png"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path / name), *TINY_FLAGS])
+        assert "already holds a run" in one_line(capsys, "train.py: ")
+        assert [path.read_text() for path in (tmp_path / name).iterdir()] == ["mine"]
 
 
 def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(unbroken, tmp_path, capsys):
