@@ -1,8 +1,8 @@
 """Losses of the Sphere Encoder, one function per equation. SE Sec. 2.3.
 
-Images come in [-1, 1] and are compared in [0, 1]: there smooth L1 with beta 1 is half the squared error, which is
-what the weights of the released presets (25 and 50) are made for. Distances and means are float32 whatever autocast
-does; only the perceptual network may run in bf16.
+Images come in [-1, 1] and are compared in [0, 1]: there smooth L1 with beta 1 is half the squared error,
+which is what the weights of the released presets (25 and 50) are made for. Distances and means are float32
+whatever autocast does; only the perceptual network may run in bf16.
 """
 
 import os
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from spherify import add_noise, at_least_float32, spherify
 
-WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")    # the order of all weights
+# The order of all weights.
+WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")
 
 
 def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
@@ -32,7 +33,8 @@ def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
     """Smooth L1 and perceptual distance of D(v_NOISY) to D(v_noisy), which is a fixed target. SE Eq. 8.
 
     x_NOISY     [B, 3, H, W]  D(v_NOISY), in [-1, 1]
-    x_noisy     [B, 3, H, W]  D(v_noisy), detached here: without sg(.) the sharp image would learn to match the blurred
+    x_noisy     [B, 3, H, W]  D(v_noisy), detached here: without sg(.) the sharp image would learn to
+                              match the blurred one
     returns     (smooth L1, perceptual) scalars, as pixel_reconstruction_loss
     """
     target = x_noisy.detach()
@@ -42,9 +44,9 @@ def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
 def latent_consistency_loss(v, z_again, eps=1e-6):
     """1 - cosine similarity of E(D(v_NOISY)) and the clean latent, each one vector of length L. SE Eq. 9.
 
-    v        [B, N, d]  clean latent, on the sphere or not (the cosine does not see the radius). Detached here: Eq. 9
-                        writes no sg(.), the released code has one; the gradient reaches the encoder's second pass
-                        and, through the image, the decoder
+    v        [B, N, d]  clean latent, on the sphere or not (the cosine does not see the radius). Detached
+                        here: Eq. 9 writes no sg(.), the released code has one; the gradient reaches the
+                        encoder's second pass and, through the image, the decoder
     z_again  [B, N, d]  E(D(v_NOISY)), the encoder's second pass
     returns  scalar, mean over the batch
     """
@@ -54,7 +56,7 @@ def latent_consistency_loss(v, z_again, eps=1e-6):
 
 
 def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None):
-    """The training objective: one batch through E, f, D and E again, and the weighted sum of Eq. 7-9. SE Eq. 10.
+    """The objective: one batch through E, f, D and E again, and the weighted sum of Eq. 7-9. SE Eq. 10.
 
     model       SphereEncoder
     x           [B, 3, H, W]  real images in [-1, 1]
@@ -103,7 +105,7 @@ def lpips_vgg(random_trunk=False):
     import lpips
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torchvision")      # lpips 0.1.4 uses its old argument names
+            warnings.filterwarnings("ignore", module="torchvision")  # lpips 0.1.4 uses its old argument names
             network = lpips.LPIPS(net="vgg", pnet_rand=random_trunk, verbose=False)
     except urllib.error.URLError as error:
         place = os.path.join(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
@@ -116,7 +118,7 @@ def lpips_vgg(random_trunk=False):
 
 def _smooth_l1(a, b):
     with torch.autocast(a.device.type, enabled=False):
-        return F.smooth_l1_loss(at_least_float32(a) / 2, at_least_float32(b) / 2)     # [-1, 1] differs from [0, 1] by / 2
+        return F.smooth_l1_loss(at_least_float32(a) / 2, at_least_float32(b) / 2)   # / 2: as if in [0, 1]
 
 
 def _perceptual(network, a, b):

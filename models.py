@@ -1,7 +1,7 @@
 """Networks: the Sphere Encoder's ViT encoder and decoder with their MLP-Mixers. SE Sec. 2.4.
 
-What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system, and so are the
-parameters' names, but for those inside the Mixers' MLPs and the pixel heads.
+What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system, and so
+are the parameters' names, but for those inside the Mixers' MLPs and the pixel heads.
 
     x  [B, 3, H, W]  image in [-1, 1]           y  [B] int64 class, K = num_classes is the null class
     z  [B, N, d]     Euclidean latent           v  [B, N, d]  latent on the sphere
@@ -44,8 +44,8 @@ class SphereEncoder(nn.Module):
     Raises ValueError if the sizes do not fit each other.
     """
 
-    def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size, mixer_depth,
-                 pixel_head="linear", alpha_max=80.0):
+    def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size,
+                 mixer_depth, pixel_head="linear", alpha_max=80.0):
         super().__init__()
         H, W = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if patch_size < 1 or H < patch_size or W < patch_size or H % patch_size or W % patch_size:
@@ -63,10 +63,12 @@ class SphereEncoder(nn.Module):
         self.alpha_max = alpha_max
         grid = (H // patch_size, W // patch_size)
         if min(grid if pixel_head == "conv" else (H, W)) < 2:
-            raise ValueError(f"image_size {image_size} with patch_size {patch_size} is too small for the pixel head")
+            raise ValueError(f"image_size {image_size} with patch_size {patch_size} is too small for the "
+                             f"pixel head")
         self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
         self.encoder = Encoder(grid, patch_size, latent_dim, num_classes, encoder_size, mixer_depth)
-        self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth, pixel_head)
+        self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth,
+                               pixel_head)
 
     def encode(self, x, y=None):
         """z = E(x, y), not yet on the sphere.
@@ -102,7 +104,7 @@ class SphereEncoder(nn.Module):
         return y
 
 
-# ---- Encoder and decoder -------------------------------------------------------------------------------------
+# ---- Encoder and decoder -----------------------------------------------------------------------------------
 
 
 class ViT(nn.Module):
@@ -146,7 +148,7 @@ class ViT(nn.Module):
 
 
 class Encoder(ViT):
-    """Image [B, 3, H, W] -> latent z [B, N, d]: patches, blocks, then a Mixer in the latent's own channels."""
+    """Image [B, 3, H, W] -> latent z [B, N, d]: patches, blocks, then a Mixer in the latent's channels."""
 
     def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth):
         super().__init__(grid, num_classes, size, latent_dim)
@@ -180,7 +182,7 @@ class Decoder(ViT):
         self.initialize()
         for module in self.x_embedder.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=1.0)              # released init; ReZero hides the Mixers at first
+                nn.init.normal_(module.weight, std=1.0)      # released init; ReZero hides the Mixers at first
         for module in self.out.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight, gain=0.01)
@@ -211,14 +213,14 @@ class ConvHead(nn.Module):
         super().__init__()
         self.grid = grid
         self.conv = nn.Conv2d(CONV_HEAD_CHANNELS, CONV_HEAD_CHANNELS, 3, padding=1, padding_mode="reflect")
-        self.upsample = nn.ConvTranspose2d(CONV_HEAD_CHANNELS, 3, patch_size + 2, stride=patch_size, padding=1)
+        self.upsample = nn.ConvTranspose2d(CONV_HEAD_CHANNELS, 3, patch_size + 2, patch_size, padding=1)
 
     def forward(self, tokens):
         x = tokens.transpose(1, 2).reshape(len(tokens), CONV_HEAD_CHANNELS, *self.grid)     # [B, 32, h, w]
         return torch.tanh(self.upsample(F.silu(self.conv(x))))                              # [B, 3, H, W]
 
 
-# ---- Transformer layers --------------------------------------------------------------------------------------
+# ---- Transformer layers ------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -263,7 +265,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head_dim]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # [B, N, 3, heads, head_dim]
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                    # [3, B, heads, N, head_dim]
         q, k = apply_rope(qkv[:2], rope)
         x = F.scaled_dot_product_attention(q, k, qkv[2])
         return self.proj(x.transpose(1, 2).flatten(2))                                      # [B, N, D]
@@ -311,7 +314,8 @@ class ClassTable(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
 
-    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which keeps the latent's magnitude near its learned weight.
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which keeps the latent's magnitude near its learned
+    weight.
     """
 
     def __init__(self, tokens, dim, depth):
@@ -343,7 +347,7 @@ class MixerBlock(nn.Module):
         return x + self.alpha2 * self.chn_mixer(self.norm2(x))
 
 
-# ---- Position ------------------------------------------------------------------------------------------------
+# ---- Position ----------------------------------------------------------------------------------------------
 
 
 def sincos_table(grid, width):
@@ -361,18 +365,21 @@ def sincos_table(grid, width):
 def rope_table(grid, head_dim):
     """Cosines and sines [2, N, head_dim / 2] of axial RoPE: one angle for every adjacent pair of channels.
 
-    The first half of the pairs turns with the row, the second with the column, by position * theta^(-2i / (head_dim / 2)).
+    The first half of the pairs turns with the row, the second with the column; pair i of a half turns by
+    position * theta^(-2i / (head_dim / 2)).
     """
     rows, columns = _positions(grid)
     frequency = ROPE_THETA ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    angle = torch.cat([position[:, None] * frequency for position in (rows, columns)], dim=1)  # [N, head_dim/2]
+    halves = [position[:, None] * frequency for position in (rows, columns)]            # [N, head_dim/4] each
+    angle = torch.cat(halves, dim=1)                                                    # [N, head_dim/2]
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def apply_rope(x, rope):
     """Rotate the channel pairs (0, 1), (2, 3), ... of x [..., N, head_dim]; computed in float32."""
     cos, sin = rope
-    a, b = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2)).unbind(-1)  # [..., N, head_dim/2]
+    pairs = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2))
+    a, b = pairs.unbind(-1)                                                             # [..., N, head_dim/2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -385,8 +392,10 @@ def _positions(grid):
 def _size(size):
     if isinstance(size, str):
         if size not in SIZES:
-            raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or (width, depth, heads)")
+            raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or "
+                             f"(width, depth, heads)")
         size = SIZES[size]
     if len(size) != 3 or min(size) < 1 or size[0] % (4 * size[2]):
-        raise ValueError(f"a size must be (width, depth, heads), all positive, width a multiple of 4 heads; got {size}")
+        raise ValueError(f"a size must be (width, depth, heads), all positive, width a multiple of 4 heads; "
+                         f"got {size}")
     return size

@@ -1,7 +1,7 @@
-"""Sampling from a Sphere Encoder: Algorithm 1 of the paper, with classifier-free guidance. SE Sec. 2.4, 6, App. C.1.
+"""Sampling from a Sphere Encoder: Algorithm 1, with classifier-free guidance. SE Sec. 2.4, 6, App. C.1.
 
     python sample.py --checkpoint out/digits/last.pt --out out/samples --steps 4
-    python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --count 64 --cfg 1.5 --singles
+    python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --cfg 1.5 --singles
 """
 
 import argparse
@@ -20,12 +20,13 @@ from models import SphereEncoder
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 
 POSITIONS = ("encoder", "decoder", "combo")
-CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "optimizer", "step", "seed", "preset", "images"}
+CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "optimizer", "step", "seed",
+                   "preset", "images"}
 
 
 @torch.no_grad()
-def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", seed=0, first=0,
-             e=None):
+def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", seed=0,
+             first=0, e=None):
     """Images from random points of the sphere, in T steps. SE Alg. 1.
 
     model     SphereEncoder
@@ -34,9 +35,10 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
     alpha     degrees, angle of the largest noise; None is the model's own, that of its training
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
-    shared    one noise vector per image for all steps, the first included (the paper's best), or a fresh one at every
-              step. The official code shares steps 2..T only
-    position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE App. C.1
+    shared    one noise vector per image for all steps, the first included (the paper's best), or a fresh one
+              at every step. The official code shares steps 2..T only
+    position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE
+              App. C.1
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
     e         [B, N, d] noise in place of the seeded one; [T, B, N, d] if not shared
     returns   [B, 3, H, W] in [-1, 1], on the model's device
@@ -53,7 +55,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     r = step_schedule(steps, gamma)
     if e is None:
         e = sample_noise(seed, first, len(y), model.latent_shape, draws=1 if shared else steps)
-    e = (e[None] if e.ndim == 3 else e).to(device)                                          # [1 or T, B, N, d]
+    e = (e[None] if e.ndim == 3 else e).to(device)                                         # [1 or T, B, N, d]
     if e.shape != (1 if shared else steps, len(y), *model.latent_shape):
         raise ValueError(f"e must be [{len(y)}, {model.latent_shape[0]}, {model.latent_shape[1]}] if shared, "
                          f"with {steps} of these in front if not; got {list(e.shape)}")
@@ -95,7 +97,7 @@ def _guidance_scales(cfg, position, conditional):
     return {"encoder": (cfg, 1), "decoder": (1, cfg), "combo": (math.sqrt(cfg), math.sqrt(cfg))}[position]
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------------------
+# ---- Checkpoints -------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
@@ -115,7 +117,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
     if damaged:
         raise ValueError(f"{path}: damaged, {damaged} in it fails its checksum; use another copy")
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEYS - checkpoint.keys() or checkpoint["kind"] != "sphere-encoder":
+    whole = isinstance(checkpoint, dict) and CHECKPOINT_KEYS <= checkpoint.keys()
+    if not whole or checkpoint["kind"] != "sphere-encoder":
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py")
     return checkpoint
 
@@ -131,7 +134,8 @@ def load(path, device="cpu", ema=None):
     checkpoint = read_checkpoint(path)
     try:
         model = SphereEncoder(**checkpoint["config"])
-        model.load_state_dict(checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"])
+        use_ema = checkpoint["use_ema"] if ema is None else ema
+        model.load_state_dict(checkpoint["ema" if use_ema else "model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights do not fit this version's SphereEncoder ({reason})") from None
@@ -139,7 +143,7 @@ def load(path, device="cpu", ema=None):
     return model.to(device).eval()
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def picture(panels, row_names=None, captions=None):
@@ -151,13 +155,15 @@ def picture(panels, row_names=None, captions=None):
     """
     font = ImageFont.load_default(size=14)
     H, W = next(iter(panels.values())).shape[-2:]
-    zoom = max(1, round(48 / max(H, W)))                                        # small images are shown larger
+    zoom = max(1, round(48 / max(H, W)))                                       # small images are shown larger
     left = 12 + int(max((font.getlength(name) for name in row_names or []), default=0))
     title_height, caption_height, gap = 26, 18 if captions else 0, 16
     cell_height, cell_width = H * zoom + 2 + caption_height, W * zoom + 2
     rows = max(len(images) for images in panels.values())
-    widths = [max(images.shape[1] * cell_width, int(font.getlength(title))) for title, images in panels.items()]
-    canvas = Image.new("RGB", (left + sum(widths) + gap * len(panels), title_height + rows * cell_height + 8), "white")
+    widths = [max(images.shape[1] * cell_width, int(font.getlength(title)))
+              for title, images in panels.items()]
+    size = (left + sum(widths) + gap * len(panels), title_height + rows * cell_height + 8)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for row, name in enumerate(row_names or []):
         middle = title_height + row * cell_height + cell_height // 2
@@ -169,7 +175,8 @@ def picture(panels, row_names=None, captions=None):
             x, y = x0 + column * cell_width, title_height + row * cell_height
             if captions:
                 draw.text((x, y), captions[row * images.shape[1] + column], "black", font)
-            canvas.paste(to_pil(images[row, column]).resize((W * zoom, H * zoom), Image.NEAREST), (x, y + caption_height))
+            enlarged = to_pil(images[row, column]).resize((W * zoom, H * zoom), Image.NEAREST)
+            canvas.paste(enlarged, (x, y + caption_height))
         x0 += width + gap
     return canvas
 
@@ -179,21 +186,22 @@ def to_pil(x):
     return Image.fromarray(to_uint8((x + 1) / 2).permute(1, 2, 0).cpu().numpy())
 
 
-# ---- Command line --------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, and no option may be abbreviated."""
 
     def __init__(self, prog, doc):
-        super().__init__(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def pick_device(name):
-    """Device of a name, or the first GPU if there is one and the name is None. Raises ValueError if it is not there."""
+    """Device of a name; of None, the GPU if there is one. Raises ValueError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
@@ -209,18 +217,24 @@ def class_list(text):
 def main(argv=None):
     parser = Parser("sample.py", __doc__)
     what = parser.add_argument_group("what to draw")
-    what.add_argument("--checkpoint", default="out/digits/last.pt", help="written by train.py (default %(default)s)")
+    what.add_argument("--checkpoint", default="out/digits/last.pt",
+                      help="written by train.py (default %(default)s)")
     what.add_argument("--count", type=int, default=80, help="number of images (default %(default)s)")
-    what.add_argument("--classes", type=class_list, help="classes in turn, e.g. 3,5 (default all; K is the null class)")
-    what.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default %(default)s)")
+    what.add_argument("--classes", type=class_list,
+                      help="classes in turn, e.g. 3,5; K is the null class (default all)")
+    what.add_argument("--seed", type=int, default=0,
+                      help="image i depends on (seed, i) alone (default %(default)s)")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=4, help="T of Algorithm 1 (default %(default)s)")
     how.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
-    how.add_argument("--position", choices=POSITIONS, default="combo", help="where to guide (default %(default)s)")
-    how.add_argument("--gamma", type=float, default=0.0, help="decay of the noise, Eq. 13; 0 = fixed (default %(default)s)")
+    how.add_argument("--position", choices=POSITIONS, default="combo",
+                     help="where to guide (default %(default)s)")
+    how.add_argument("--gamma", type=float, default=0.0,
+                     help="decay of the noise, Eq. 13; 0 = fixed (default %(default)s)")
     how.add_argument("--fresh", action="store_true", help="fresh noise at every step instead of the same one")
-    how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: that of the training)")
-    how.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: as the preset says)")
+    how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: the training's)")
+    how.add_argument("--ema", action=argparse.BooleanOptionalAction,
+                     help="averaged weights (default as the preset says)")
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="out/samples", help="folder for the pictures (default %(default)s)")
     out.add_argument("--singles", action="store_true", help="also write every image as a PNG of its own size")
@@ -237,7 +251,8 @@ def main(argv=None):
 
 def draw_samples(args):
     if args.count < 1 or args.batch_size < 1:
-        raise ValueError(f"--count and --batch-size must be at least 1, got {args.count} and {args.batch_size}")
+        raise ValueError(f"--count and --batch-size must be at least 1, "
+                         f"got {args.count} and {args.batch_size}")
     out = Path(args.out)
     grid = out / "samples.png"
     if grid.exists() or (args.singles and any(out.glob("[0-9]*.png"))):
@@ -248,22 +263,25 @@ def draw_samples(args):
         raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
     classes = args.classes or list(range(max(K, 1)))
     if not all(0 <= c <= K for c in classes):
-        raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), got {args.classes}")
-    y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])    # balanced, and y[i] depends on i alone
+        raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), "
+                         f"got {args.classes}")
+    # Balanced, and y[i] depends on i alone.
+    y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])
 
     shown = []
     for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
         x = generate(model, y[start:start + args.batch_size], args.steps, args.cfg, alpha=args.alpha,
-                     gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed, first=start).cpu()
+                     gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed,
+                     first=start).cpu()
         out.mkdir(parents=True, exist_ok=True)          # only now: a bad option leaves no folder behind
         if args.singles:
             for k, image in enumerate(x):
                 to_pil(image).save(out / f"{start + k:06d}.png")
-        shown.extend(x[:max(0, 256 - len(shown))])                              # a grid of more is not readable
+        shown.extend(x[:max(0, 256 - len(shown))])                            # a grid of more is not readable
 
     names = [*model.class_names, "null"] if K else [""]
     title = f"{args.steps} step{'s' * (args.steps > 1)}, cfg {args.cfg:g}, seed {args.seed}"
-    by_class = 1 < len(classes) <= 16                                           # then a row per class, else captions
+    by_class = 1 < len(classes) <= 16                                    # then a row per class, else captions
     columns = min(len(shown), len(classes) if by_class else math.ceil(math.sqrt(len(shown))))
     white = [torch.ones_like(shown[0])] * (-len(shown) % columns)               # fills the last row
     images = torch.stack(shown + white).unflatten(0, (-1, columns))             # [rows, columns, 3, H, W]

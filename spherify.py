@@ -27,7 +27,7 @@ def spherify(z, eps=1e-6):
     Raises ValueError if z has fewer than two dims or is not floating point.
     """
     if z.ndim < 2 or not z.is_floating_point():
-        raise ValueError(f"spherify: expected a float tensor [B, ...] of at least two dims, got {_describe(z)}")
+        raise ValueError(f"spherify: expected floats [B, ...] of two dims or more, got {_describe(z)}")
     with torch.autocast(z.device.type, enabled=False):
         z_float = at_least_float32(z)
         mean_square = z_float.square().mean(dim=tuple(range(1, z.ndim)), keepdim=True)
@@ -122,10 +122,12 @@ def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, generator=None):
     """Noise magnitudes of the Sphere Latent Encoder. SLE Sec. 4.3.
 
     batch       number of samples B
-    alpha_max   degrees; sigma = r tan(alpha_max), the mapping of SE Eq. 5 (assumed: the formula is not in our text)
-    mean, std   of the normal draw before the logistic function (assumed 0 and 1: the values are not in our text)
+    alpha_max   degrees; sigma = r tan(alpha_max), the mapping of SE Eq. 5 (assumed: our text lacks the
+                formula)
+    mean, std   of the normal draw before the logistic function (assumed 0 and 1: our text lacks the
+                values)
     generator   torch.Generator on the CPU, or None for the global one
-    returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two independent draws
+    returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two draws
 
     Raises ValueError for an angle outside [0, 90) or a negative std.
     """
@@ -148,7 +150,8 @@ def step_schedule(steps, gamma):
         raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
-    return torch.tensor([(1 - (t - 1) / (steps - 1)) ** gamma for t in range(2, steps + 1)], dtype=torch.float32)
+    r = [(1 - (t - 1) / (steps - 1)) ** gamma for t in range(2, steps + 1)]
+    return torch.tensor(r, dtype=torch.float32)
 
 
 def sample_noise(seed, first, count, shape, draws=1):
@@ -161,7 +164,8 @@ def sample_noise(seed, first, count, shape, draws=1):
     returns  [draws, count, *shape]  float32 on the CPU
 
     One counter-based generator per sample, keyed by (seed, i), so batch size, number of processes and the
-    number of images asked for change nothing. (A CPU torch.Generator would use only the low 32 bits of a seed.)
+    number of images asked for change nothing. (A CPU torch.Generator would use only the low 32 bits of a
+    seed.)
     Raises ValueError for a seed or an index outside its range.
     """
     if not 0 <= seed < 2**64:

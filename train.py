@@ -1,6 +1,6 @@
 """Training and evaluation of a Sphere Encoder. SE Sec. 2.3, 3, App. C.2, D.
 
-    python train.py                                                    # handwritten digits, minutes on a laptop
+    python train.py                                                  # handwritten digits, minutes on a laptop
     python train.py --preset folder --data photos --out out/photos     # any folder of class folders
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist        # one process per GPU
     python train.py --evaluate out/digits/last.pt
@@ -33,7 +33,7 @@ from models import SphereEncoder
 from sample import Parser, generate, load, pick_device, picture, read_checkpoint, reconstruct
 from spherify import uniform_sigmas
 
-# ---- Presets -------------------------------------------------------------------------------------------------
+# ---- Presets -----------------------------------------------------------------------------------------------
 
 
 def option(default, help, low=None, high=math.inf):
@@ -43,11 +43,11 @@ def option(default, help, low=None, high=math.inf):
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a result depends on but the seed. Every field is a command-line option of the same name.
+    """Everything that a result depends on but the seed. Every field is a command-line option of its name.
 
-    Angles, class dropout and Mixer depth are the paper's (Sec. 2.4, C.2). Loss weights, batch, learning rates, betas,
-    clipping, EMA and the use of plain weights are those of the released CIFAR-10 script (the paper's Table 16 is not in
-    our text). Image, patch and model size, length, warm-up and intervals are ours.
+    Angles, class dropout and Mixer depth are the paper's (Sec. 2.4, C.2). Loss weights, batch, learning
+    rates, betas, clipping, EMA and the use of plain weights are those of the released CIFAR-10 script (the
+    paper's Table 16 is not in our text). Image, patch and model size, length, warm-up and intervals are ours.
     """
 
     dataset: str = option("folder", "digits, fashion-mnist, or folder (class folders of images)")
@@ -70,7 +70,7 @@ class Preset:
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
     perceptual: str = option("lpips-vgg", "perceptual distance: lpips-vgg or none")
-    class_dropout: float = option(0.1, "probability of the null class, drawn for each pass of each image", 0, 1)
+    class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
     batch_size: int = option(256, "images per iteration, over all processes", 1)
     iterations: int = option(100_000, "length of the training", 1)
@@ -81,7 +81,7 @@ class Preset:
     betas: tuple = option((0.9, 0.95), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW, on matrices only", 0)
     clip: float = option(1.0, "largest norm of the gradient; 0 = off", 0)
-    ema: float = option(0.9997, "decay of the averaged weights, at most; it rises as (1 + step) / (10 + step)", 0, 1)
+    ema: float = option(0.9997, "largest decay of the averaged weights; rises as (1 + step) / (10 + step)", 0, 1)
     use_ema: bool = option(False, "sample with the averaged weights")
 
     log_every: int = option(50, "iterations between lines of log.jsonl", 1)
@@ -90,37 +90,39 @@ class Preset:
 
 
 PRESETS = {
-    # Real 8x8 digits shown at 16x16. Sizes, rates and the weight of lat_con are ours, for minutes on a laptop; the
-    # encoder is smaller than the decoder, because that leaves time for more iterations.
+    # Real 8x8 digits shown at 16x16. Sizes, rates and the weight of lat_con are ours, for minutes on a
+    # laptop; the encoder is smaller than the decoder, because that leaves time for more iterations.
     "digits": Preset(
         dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16,
         encoder_size=(64, 1, 4), decoder_size=(96, 3, 4), mixer_depth=2,
         weights=(1.0, 0.0, 1.0, 0.0, 0.02), perceptual="none",
-        batch_size=32, iterations=2200, lr=4e-3, min_lr=1e-5, warmup=50, encoder_lr_scale=1.0, ema=0.99, use_ema=True,
-        log_every=10, checkpoint_every=200, picture_every=500),
+        batch_size=32, iterations=2200, lr=4e-3, min_lr=1e-5, warmup=50, encoder_lr_scale=1.0,
+        ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
     "fashion-mnist": Preset(
         dataset="fashion-mnist", image_size=32, patch_size=4, latent_dim=32,
-        encoder_size=(192, 6, 6), decoder_size=(192, 6, 6), weights=(1.0, 0.0, 1.0, 0.0, 0.1), perceptual="none",
-        batch_size=128, iterations=20_000, lr=1e-3, min_lr=1e-6, warmup=500, encoder_lr_scale=1.0,
+        encoder_size=(192, 6, 6), decoder_size=(192, 6, 6), weights=(1.0, 0.0, 1.0, 0.0, 0.1),
+        perceptual="none", batch_size=128, iterations=20_000, lr=1e-3, warmup=500, encoder_lr_scale=1.0,
         ema=0.999, use_ema=True),
     "folder": Preset(),
 }
 
-# ---- Data ----------------------------------------------------------------------------------------------------
+# ---- Data --------------------------------------------------------------------------------------------------
 
 
 def load_data(preset):
     """Training set, held-out set (None if the data set has none) and class names of a preset.
 
-    The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3 channels.
+    The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3
+    channels.
     Raises ValueError or FileNotFoundError that says what to put where.
     """
     S, root = preset.image_size, Path(preset.data)
     if preset.dataset == "digits":
         from sklearn.datasets import load_digits
         digits = load_digits()
-        images = torch.from_numpy(digits.images).float() / 16                                         # 1,797 x 8 x 8
-        train, held_out = (in_memory(images[part], digits.target[part], S) for part in (slice(1500), slice(1500, None)))
+        images = torch.from_numpy(digits.images).float() / 16                                  # 1,797 x 8 x 8
+        train, held_out = (in_memory(images[part], digits.target[part], S)
+                           for part in (slice(1500), slice(1500, None)))
         return train, held_out, [str(name) for name in digits.target_names]
     if preset.dataset == "fashion-mnist":
         from torchvision.datasets import FashionMNIST
@@ -128,14 +130,16 @@ def load_data(preset):
             parts = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"{root}: Fashion-MNIST is not there and could not be downloaded ({str(error).splitlines()[0]}); put "
-                f"the four unpacked files train-images-idx3-ubyte ... into {root / 'FashionMNIST' / 'raw'} (Debian "
-                f"has them in the package dataset-fashion-mnist)") from None
-        train, held_out = (in_memory(F.pad(part.data.float() / 255, (2, 2, 2, 2)), part.targets, S) for part in parts)
+                f"{root}: Fashion-MNIST is not there and could not be downloaded "
+                f"({str(error).splitlines()[0]}); put the four unpacked files train-images-idx3-ubyte ... "
+                f"into {root / 'FashionMNIST' / 'raw'} (Debian: package dataset-fashion-mnist)") from None
+        train, held_out = (in_memory(F.pad(part.data.float() / 255, (2, 2, 2, 2)), part.targets, S)
+                           for part in parts)
         return train, held_out, parts[0].classes
     if preset.dataset == "folder":
         train = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / name for name in ("val", "test") if train != root and (root / name).is_dir()), None)
+        held_out = next((root / name for name in ("val", "test")
+                         if train != root and (root / name).is_dir()), None)
         train = image_folder(train, S)
         held_out = image_folder(held_out, S) if held_out else None
         if held_out and held_out.classes != train.classes:
@@ -153,12 +157,12 @@ def in_memory(images, targets, size):
 
 
 def image_folder(root, size):
-    """Class folders of image files; the shorter side is resized to `size` (bicubic), then the centre is cropped."""
+    """Class folders of images; the shorter side is resized to `size` (bicubic), then the centre cropped."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; --data must name a folder with one sub-folder of images per "
-                                f"class (or with train/ and val/ or test/ that hold such sub-folders)")
+        raise FileNotFoundError(f"{root}: no such folder; --data must name a folder with one sub-folder of "
+                                f"images per class (or with train/ and val/ or test/ of that form)")
     try:
         return ImageFolder(root, loader=read_image, transform=transforms.Compose([
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
@@ -166,25 +170,26 @@ def image_folder(root, size):
             transforms.PILToTensor(),
         ]))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{root}: {str(error).splitlines()[0]}; expected one sub-folder of images per class") from None
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{root}: {reason}; expected one sub-folder of images per class") from None
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     """Yield, for every step, the data-set indices of a part of the global batch.
 
-    The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of step s
-    begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
+    The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of
+    step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
     """
     order = {}
     for step in steps:
         batch = range(step * batch_size, (step + 1) * batch_size)
-        places = [divmod(position, size) for position in batch[mine]]                                 # (epoch, offset)
+        places = [divmod(position, size) for position in batch[mine]]                        # (epoch, offset)
         order = {epoch: order[epoch] if epoch in order else
                  torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist() for epoch, _ in places}
         yield [order[epoch][offset] for epoch, offset in places]
 
 
-# ---- Randomness ----------------------------------------------------------------------------------------------
+# ---- Randomness --------------------------------------------------------------------------------------------
 
 
 def hashed(*key):
@@ -221,7 +226,7 @@ def gaussian(seeds, shape, device):
                         for seed in seeds.tolist()])
 
 
-# ---- Training ------------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------------
 
 
 class Objective(nn.Module):
@@ -237,7 +242,8 @@ class Objective(nn.Module):
 
 def build_model(preset, class_names):
     if preset.conditional and len(class_names) < 2:
-        raise ValueError(f"{preset.data} has only the class {class_names[0]!r}; --no-conditional trains without classes")
+        raise ValueError(f"{preset.data} has only the class {class_names[0]!r}; --no-conditional trains "
+                         f"without classes")
     class_names = class_names if preset.conditional else []
     model = SphereEncoder(preset.image_size, preset.patch_size, preset.latent_dim, len(class_names),
                           preset.encoder_size, preset.decoder_size, preset.mixer_depth, preset.pixel_head,
@@ -247,7 +253,7 @@ def build_model(preset, class_names):
 
 
 def build_optimizer(model, preset):
-    """AdamW in four groups: encoder and decoder, each with its matrices (decayed) and the rest (not decayed)."""
+    """AdamW in four groups: encoder and decoder, each with matrices (decayed) and the rest (not decayed)."""
     groups = []
     for network, scale in ((model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)):
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -269,8 +275,8 @@ def learning_rate(preset, step):
 
 
 def update_ema(ema, model, decay, step):
-    """Move the averaged weights towards the model's. The decay rises with the step (assumed: at 0.9997 from the first
-    step on, a short run's average would still be mostly its initial zero output)."""
+    """Move the averaged weights towards the model's. The decay rises with the step (assumed: at 0.9997 from
+    the first step on, a short run's average would still be mostly its initial zero output)."""
     decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         for average, parameter in zip(ema.parameters(), model.parameters()):
@@ -278,17 +284,18 @@ def update_ema(ema, model, decay, step):
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=0):
-    """Train a preset into a folder; under torchrun, as one of its processes. Returns the path of the checkpoint.
+    """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
     preset   Preset (see PRESETS)
-    out      folder for last.pt, log.jsonl, losses.png and samples-*.png; must not hold another run unless resume
+    out      folder for last.pt, log.jsonl, losses.png and samples-*.png; must not hold another run unless
+             resume
     seed     with the preset decides every number of the run, whatever the number of processes
     resume   continue from out/last.pt exactly where it was written; preset and seed must be that run's
     workers  processes that read images
 
-    Raises ValueError or OSError for bad input, before anything is written where it can be known by then (an unreadable
-    image cannot: mend it and resume), FloatingPointError if a loss or gradient is not finite, KeyboardInterrupt after
-    saving if Ctrl-C or SIGTERM came.
+    Raises ValueError or OSError for bad input, before anything is written where it can be known by then (an
+    unreadable image cannot: mend it and resume), FloatingPointError if a loss or gradient is not finite,
+    KeyboardInterrupt after saving if Ctrl-C or SIGTERM came.
     """
     rank, world = process_rank()
     out = Path(out)
@@ -306,18 +313,21 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
         with one_process_first():
             data, held_out, class_names = load_data(preset)
             perceptual = lpips_vgg().to(device) if any(preset.weights[1::2]) else None
-        if checkpoint and (checkpoint["images"], checkpoint["class_names"]) != (len(data), class_names * preset.conditional):
-            raise ValueError(f"{last} was trained on {checkpoint['images']} images, classes {checkpoint['class_names']}; "
-                             f"{preset.data} now has {len(data)}, classes {class_names}; restore the data set")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names).to(device)
+        if checkpoint:
+            trained_on = checkpoint["images"], checkpoint["class_names"]
+            if trained_on != (len(data), model.class_names):
+                raise ValueError(f"{last} was trained on {trained_on[0]} images of {trained_on[1]}; "
+                                 f"{preset.data} now has {len(data)} of {class_names}; restore the data set")
         ema = copy.deepcopy(model).requires_grad_(False)
         objective = Objective(model, perceptual, preset.weights)
         if world > 1:
-            ddp = nn.parallel.DistributedDataParallel       # torch 2.15 renamed the argument
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-            objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None, **{sync: False})
+            ddp = nn.parallel.DistributedDataParallel
+            renamed = "forward_sync_buffers" in signature(ddp).parameters              # since torch 2.15
+            objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None,
+                            **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
         optimizer = build_optimizer(model, preset)
 
         def save(step):
@@ -337,16 +347,17 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
             if rank == 0:
                 cut_log(log, start)
         elif rank == 0:
-            save(0)                                         # from here on the folder is a run, and can be resumed
+            save(0)                                     # from here on the folder is a run, and can be resumed
 
         share = preset.batch_size // world
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         steps = range(start, preset.iterations)
-        loader = DataLoader(data, batch_sampler=batch_indices(len(data), preset.batch_size, seed, steps, mine),
-                            num_workers=workers, pin_memory=device.type == "cuda", generator=seeded(seed))
+        indices = batch_indices(len(data), preset.batch_size, seed, steps, mine)
+        loader = DataLoader(data, batch_sampler=indices, num_workers=workers,
+                            pin_memory=device.type == "cuda", generator=seeded(seed))
         window, began = [], time.time()
-        bar = tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1, disable=rank > 0)
-        with bar:
+        with tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1,
+                  disable=rank > 0) as bar:
             for step, (images, labels) in zip(steps, loader):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(preset, step) * group["lr_scale"]
@@ -355,7 +366,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                 drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
                 x = images.to(device, non_blocking=True).float() / 127.5 - 1                 # [B, 3, H, W]
                 x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
-                y = torch.where(drawn["drop"], model.num_classes, labels.to(device, non_blocking=True))  # [4, B]
+                labels = labels.to(device, non_blocking=True)
+                y = torch.where(drawn["drop"], model.num_classes, labels)                    # [4, B]
 
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     loss, parts = objective(x, y, drawn["sigma"], drawn["sigma_sub"], e)
@@ -368,17 +380,19 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                 bar.update()
 
                 done, ends = step + 1, step + 1 == preset.iterations
-                logs, saves = done % preset.log_every == 0 or ends, done % preset.checkpoint_every == 0 or ends
+                logs = ends or done % preset.log_every == 0
+                saves = ends or done % preset.checkpoint_every == 0
                 shows = ends or bool(preset.picture_every) and done % preset.picture_every == 0
                 if not (logs or saves or shows):
                     continue
                 means = drain(window, done, last, device)       # raises at a value that is not finite
                 if rank == 0:
                     with open(log, "a") as file:
-                        file.write(json.dumps({"step": done, **means, "lr": learning_rate(preset, step)}) + "\n")
+                        line = {"step": done, **means, "lr": learning_rate(preset, step)}
+                        file.write(json.dumps(line) + "\n")
                     speed = (done - start) * preset.batch_size / (time.time() - began)
-                    bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in means.items() if value)
-                                        + f", {speed:.0f} images/s", refresh=False)
+                    shown = [f"{name} {value:.4f}" for name, value in means.items() if value]
+                    bar.set_postfix_str(" ".join(shown) + f", {speed:.0f} images/s", refresh=False)
                 stops = logs and any_process(interrupted.is_set(), device)
                 if (saves or stops) and rank == 0:
                     save(done)
@@ -388,8 +402,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                     plot_losses(log, out / "losses.png")
                     say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
                 if stops and not ends:
-                    raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; everything is "
-                                            f"in {last}, --resume continues from there")
+                    raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; "
+                                            f"everything is in {last}, --resume continues from there")
         say(f"{last}: {preset.iterations} iterations, {time.time() - began:.0f} s since this start")
     return last
 
@@ -400,7 +414,7 @@ def drain(window, done, last, device):
     Raises FloatingPointError on all processes together if a value is not finite.
     """
     names = list(window[0])
-    values = torch.stack([torch.stack(list(row.values())) for row in window]).double()                # [k, names]
+    values = torch.stack([torch.stack(list(row.values())) for row in window]).double()            # [k, names]
     first = done - len(window) + 1
     window.clear()
     if distributed.is_initialized():
@@ -410,8 +424,8 @@ def drain(window, done, last, device):
     wrong = (~values.isfinite()).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
-        raise FloatingPointError(f"{names[column]} became {values[row, column].item()} in iteration {first + row}; the "
-                                 f"last good checkpoint is {last}; try a lower --lr or --clip")
+        raise FloatingPointError(f"{names[column]} became {values[row, column].item()} in iteration "
+                                 f"{first + row}; the last good checkpoint is {last}; try a lower --lr")
     return dict(zip(names, values.mean(0).tolist()))
 
 
@@ -426,12 +440,13 @@ def check_preset(preset, world):
     if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
         raise ValueError(f"--betas must be two numbers from 0 to below 1, got {p.betas}")
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
-        raise ValueError(f"--weights must be five numbers of at least 0, not all 0 ({' '.join(WEIGHT_NAMES)}), got {p.weights}")
+        raise ValueError(f"--weights must be five numbers of at least 0, not all 0 "
+                         f"({' '.join(WEIGHT_NAMES)}), got {p.weights}")
     if p.perceptual not in ("none", "lpips-vgg"):
         raise ValueError(f"--perceptual must be lpips-vgg or none, got {p.perceptual!r}")
     if p.perceptual == "none" and (p.weights[1] or p.weights[3]):
-        raise ValueError(f"--perceptual none needs weights of 0 for the perceptual terms, such as --weights 1,0,1,0,0.1; "
-                         f"got {p.weights}")
+        raise ValueError(f"--perceptual none needs weights of 0 for the perceptual terms, such as "
+                         f"--weights 1,0,1,0,0.1; got {p.weights}")
     if p.perceptual != "none" and p.image_size < 16:
         raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
     if p.batch_size % world:
@@ -443,7 +458,7 @@ def check_folder(preset, out, seed, resume):
     """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs."""
     last = out / "last.pt"
     if not resume:
-        if any((out / name).exists() for name in ("last.pt", "log.jsonl", "losses.png")) or any(out.glob("samples-*.png")):
+        if any(any(out.glob(name)) for name in ("last.pt", "log.jsonl", "losses.png", "samples-*.png")):
             raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
         return None
     if not last.exists():
@@ -452,8 +467,9 @@ def check_folder(preset, out, seed, resume):
     stored = asdict(stored_preset(checkpoint, last)) | {"seed": checkpoint["seed"]}
     for name, value in (asdict(preset) | {"seed": seed}).items():
         if value != stored[name] and name != "data":        # the files may have moved
-            raise ValueError(f"{last} was trained with {flag(name)} {stored[name]}, not {value}; --resume takes all "
-                             f"settings from the run: drop --preset and that option, or start another run with --out")
+            raise ValueError(f"{last} was trained with {flag(name)} {stored[name]}, not {value}; --resume "
+                             f"takes all settings from the run: drop --preset and that option, or use "
+                             f"another --out")
     return checkpoint
 
 
@@ -465,7 +481,7 @@ def stored_preset(checkpoint, path):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write beside, flush to disk, read back, rename: at no moment is there no whole checkpoint under the name."""
+    """Write beside, flush to disk, read back, rename: at every moment a whole checkpoint bears the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as file:
@@ -482,13 +498,13 @@ def cut_log(log, step):
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{log}: not the log of a run; move it away to go on without the lines so far") from None
+        raise ValueError(f"{log}: not the log of a run; move it away to go on without its lines") from None
     beside = log.with_name(log.name + ".tmp")
     beside.write_text("".join(kept))
     os.replace(beside, log)
 
 
-# ---- Processes -----------------------------------------------------------------------------------------------
+# ---- Processes ---------------------------------------------------------------------------------------------
 
 
 def process_rank():
@@ -517,7 +533,7 @@ def process_group(device):
 
 @contextlib.contextmanager
 def one_process_first():
-    """Let the first process of each machine go ahead: it downloads what is missing, and the others find it."""
+    """Let the first process of each machine go ahead: it downloads what is missing, the others find it."""
     waits = distributed.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
         distributed.barrier()
@@ -537,8 +553,8 @@ def any_process(flag, device):
 
 @contextlib.contextmanager
 def interruptible():
-    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once, but not under
-    torchrun, which passes on the Ctrl-C that its processes have already had from the terminal."""
+    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once, but
+    not under torchrun, which passes on the Ctrl-C that its processes have already had from the terminal."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -563,7 +579,7 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def progress_picture(model, data, device, columns=5, rows=10):
@@ -573,7 +589,7 @@ def progress_picture(model, data, device, columns=5, rows=10):
     columns = min([columns] + [int((targets == c).sum()) for c in classes])
     chosen = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
     x = (torch.stack([data[place][0] for place in chosen]).float() / 127.5 - 1).to(device)
-    y = torch.tensor(classes).repeat_interleave(columns) if model.num_classes else torch.zeros(len(x), dtype=torch.long)
+    y = torch.tensor(classes if model.num_classes else [0] * len(classes)).repeat_interleave(columns)
     panels = {f"{T} step{'s' * (T > 1)}": generate(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     names = [model.class_names[c] for c in classes] if model.num_classes else None
@@ -593,7 +609,7 @@ def plot_losses(log, path):
     figure.savefig(path, dpi=100)
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------------------
+# ---- Evaluation --------------------------------------------------------------------------------------------
 
 
 def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, limit=10_000):
@@ -604,12 +620,13 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     limit    training images to compare with, at most
     returns  {row: {column: number}}, which main prints as a table
 
-    All distances are Euclidean on raw pixels in [-1, 1]: the channel mean for grey data sets, averaged down to 16x16
-    where images are larger. Samples are rounded to 8 bits first, as in an image file.
-    - judged right: an SVC (RBF, gamma "scale", C = 10) trained on the real training images names the class asked for
+    All distances are Euclidean on raw pixels in [-1, 1]: the channel mean for grey data sets, averaged down
+    to 16x16 where images are larger. Samples are rounded to 8 bits first, as in an image file.
+    - judged right: an SVC (RBF, gamma "scale", C = 10) trained on the real training images names the class
+      asked for
     - Fréchet: to the training images
-    - nearest: median distance to the nearest training image, divided by that of the held-out images; well below 1
-      means memorised images
+    - nearest: median distance to the nearest training image, divided by that of the held-out images; well
+      below 1 means memorised images
     """
     if count < 2:
         raise ValueError(f"--count must be at least 2, since a covariance needs two samples; got {count}")
@@ -621,7 +638,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
         with one_process_first():
             train_set, held_out, class_names = load_data(preset)
         if class_names * preset.conditional != checkpoint["class_names"]:
-            raise ValueError(f"{path} was trained on the classes {checkpoint['class_names']}; {preset.data} has {class_names}")
+            raise ValueError(f"{path} was trained on the classes {checkpoint['class_names']}; "
+                             f"{preset.data} has {class_names}")
         train_images, train_labels = stacked(train_set, limit)
         y = torch.arange(count) % max(model.num_classes, 1)
         samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
@@ -629,7 +647,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
             return {}
         grey = bool((train_images == train_images[:, :1]).all())
         real = pixel_features(train_images, grey)
-        columns = {f"{T} step{'s' * (T > 1)}": (pixel_features(images, grey), y) for T, images in samples.items()}
+        columns = {f"{T} step{'s' * (T > 1)}": (pixel_features(images, grey), y)
+                   for T, images in samples.items()}
         if held_out is not None:
             images, labels = stacked(held_out, limit)
             columns["real held-out"] = (pixel_features(images, grey), labels)
@@ -642,7 +661,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
                                     for name, (x, labels) in columns.items()}
         rows["Fréchet distance"] = {name: frechet_distance(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
                                     for name, (x, _) in columns.items()}
-        nearest = {name: torch.cdist(x, real).amin(1).quantile(0.5).item() for name, (x, _) in columns.items()}
+        nearest = {name: torch.cdist(x, real).amin(1).quantile(0.5).item()
+                   for name, (x, _) in columns.items()}
         scale = nearest.get("real held-out")
         rows["nearest" if scale else "nearest (absolute)"] = {k: v / (scale or 1) for k, v in nearest.items()}
         if held_out is not None:
@@ -654,7 +674,7 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
 
 
 def sample_all(model, y, steps, cfg, seed, batch=100):
-    """Samples 0 .. len(y) - 1 as uint8; fixed batches that the processes take whole, so that their number changes nothing."""
+    """Samples 0 .. len(y) - 1 as uint8; processes take fixed batches whole, so their number changes nothing."""
     rank, world = process_rank()
     device = next(model.parameters()).device
     images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device)
@@ -667,7 +687,7 @@ def sample_all(model, y, steps, cfg, seed, batch=100):
 
 
 def stacked(data, limit):
-    """Images uint8 [n, 3, H, W] and labels [n] of a data set, at most `limit` of them, drawn at random but fixed."""
+    """Images uint8 [n, 3, H, W] and labels [n] of a data set; beyond `limit`, a fixed random choice."""
     chosen = torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
     images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100, generator=seeded(0)))
     return torch.cat(images), torch.cat(labels)
@@ -680,7 +700,7 @@ def pixel_features(images, grey):
     return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
 
 
-# ---- Command line --------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -697,14 +717,15 @@ def main(argv=None):
     judge.add_argument("--count", type=int, help="number of samples (default 1000)")
     judge.add_argument("--steps", type=ints, help="T, one or several (default 1,2,4)")
     judge.add_argument("--cfg", type=float, help="guidance scale, 1 = off (default 1)")
-    settings = parser.add_argument_group("settings of the preset, to be overridden (defaults: those of folder)")
+    settings = parser.add_argument_group("settings of the preset, to be overridden (defaults of folder)")
     for f in fields(Preset):
         name = flag(f.name)
         text = f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})"
         if f.type is bool:
             settings.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            settings.add_argument(name, type=FIELD_TYPES[f.type], help=text, metavar=FIELD_TYPES[f.type].__name__)
+            kind = FIELD_TYPES[f.type]
+            settings.add_argument(name, type=kind, help=text, metavar=kind.__name__)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value not in (None, False)}
     changes = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
@@ -712,7 +733,8 @@ def main(argv=None):
         judging = {"count", "steps", "cfg"}
         misplaced = (given.keys() | changes.keys()) - judging - {"evaluate", "seed", "device", "data"}
         if args.evaluate and misplaced:
-            raise ValueError(f"--evaluate takes its settings from the checkpoint; drop {flag(min(misplaced))}")
+            raise ValueError(f"--evaluate takes its settings from the checkpoint; "
+                             f"drop {flag(min(misplaced))}")
         if args.evaluate:
             chosen = {name: given[name] for name in judging | {"seed", "data", "device"} if name in given}
             print_table(args.evaluate, chosen, evaluate(args.evaluate, **chosen))
@@ -740,11 +762,13 @@ def main(argv=None):
 def print_table(path, chosen, rows):
     if not rows:                                            # not the first process
         return
-    print(f"{path}: {chosen.get('count', 1000)} samples, seed {chosen.get('seed', 0)}, cfg {chosen.get('cfg', 1):g}")
+    count, seed, cfg = (chosen.get(*default) for default in (("count", 1000), ("seed", 0), ("cfg", 1.0)))
+    print(f"{path}: {count} samples, seed {seed}, cfg {cfg:g}")
     columns = list(rows["Fréchet distance"])
     print(" " * 20 + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:<20}" + "".join(f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns))
+        cells = [f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns]
+        print(f"{name:<20}" + "".join(cells))
 
 
 def flag(name):

@@ -38,7 +38,7 @@ def test_frechet_of_commuting_covariances():
 
 
 def test_frechet_of_a_linear_map():
-    S, A = covariance(), covariance(seed=3)                                 # y = A x with A symmetric positive
+    S, A = covariance(), covariance(seed=3)                                # y = A x with A symmetric positive
     expected = np.trace(S) + np.trace(A @ S @ A) - 2 * np.trace(A @ S)
     assert frechet_distance(ZERO, S, ZERO, A @ S @ A) == pytest.approx(expected, rel=1e-9)
 

@@ -190,7 +190,7 @@ def test_rope_scores_depend_on_relative_position_only():
     score = (apply_rope(q, rope) @ apply_rope(k, rope).T).view(h, w, h, w)
     torch.testing.assert_close(score[0, 0, 2, 3], score[2, 3, 4, 6], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(score[3, 1, 1, 4], score[4, 3, 2, 6], rtol=1e-4, atol=1e-4)
-    assert (score[0, 0, 2, 3] - score[0, 0, 3, 2]).abs() > 1e-2             # rows and columns are not the same
+    assert (score[0, 0, 2, 3] - score[0, 0, 3, 2]).abs() > 1e-2            # rows and columns are not the same
 
 
 def test_rope_turns_the_first_half_with_the_row_and_the_second_with_the_column():

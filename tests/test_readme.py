@@ -35,7 +35,7 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
 
 @pytest.mark.parametrize("argv", arguments("sample.py"), ids=" ".join)
 def test_readme_sampling_commands_draw(argv, trained, tmp_path):
-    argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]          # the last one given counts
+    argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]   # the last one given counts
     sample.main(argv)
     assert (tmp_path / "out" / "samples.png").exists()
 

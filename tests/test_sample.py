@@ -234,7 +234,7 @@ def test_grids_have_a_row_per_class_or_a_caption_per_image(trained, tmp_path, mo
     images, names = seen[0]
     assert names == {"row_names": ["3", "5"]} and images.shape[:2] == (2, 3)
     torch.testing.assert_close(images[0], x[[0, 2, 4]])
-    torch.testing.assert_close(images[1], torch.cat([x[[1, 3]], torch.ones_like(x[:1])]))          # a white cell
+    torch.testing.assert_close(images[1], torch.cat([x[[1, 3]], torch.ones_like(x[:1])]))       # a white cell
     images, names = seen[1]
     assert names == {"captions": ["7"] * 5 + [""]} and images.shape[:2] == (2, 3)
 

@@ -140,7 +140,8 @@ def test_sigma_is_uniform_up_to_sigma_max(generator):
 def test_sub_noise_is_uniform_half_of_uniform_sigma(generator):
     _, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, generator=generator)
     x = lambda t: np.clip(t / (0.5 * angle_to_sigma(80.0)), 1e-12, 1)
-    assert largest_cdf_gap(sigma_sub, lambda t: x(t) * (1 - np.log(x(t)))) < KS_LIMIT     # product of two uniforms
+    # product of two uniforms
+    assert largest_cdf_gap(sigma_sub, lambda t: x(t) * (1 - np.log(x(t)))) < KS_LIMIT
 
 
 def test_hard_draws_are_a_tenth_and_uniform_over_the_whole_band(generator):
@@ -163,7 +164,7 @@ def test_small_noise_is_at_most_half_the_large_noise_of_the_same_sample(generato
     sigma, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.5, stratified, generator)
     ratio = (sigma_sub / sigma)[sigma > 0]
     assert (sigma_sub <= 0.5 * sigma).all()
-    assert largest_cdf_gap(ratio, stats.uniform(0, 0.5).cdf) < KS_LIMIT       # also where sigma is hard: s * sigma
+    assert largest_cdf_gap(ratio, stats.uniform(0, 0.5).cdf) < KS_LIMIT  # also where sigma is hard: s * sigma
     assert largest_cdf_gap(ratio[sigma[sigma > 0] > angle_to_sigma(80.0)], stats.uniform(0, 0.5).cdf) < 2 * KS_LIMIT
 
 
@@ -205,7 +206,8 @@ def test_noise_of_a_sample_depends_on_seed_and_index_alone():
     whole = sample_noise(7, 0, 16, (5, 3), draws=4)
     parts = torch.cat([sample_noise(7, first, min(3, 16 - first), (5, 3), draws=4) for first in range(0, 16, 3)], dim=1)
     assert torch.equal(whole, parts)
-    assert torch.equal(whole[:1], sample_noise(7, 0, 16, (5, 3), draws=1))      # the first draw, however many follow
+    # the first draw, however many follow
+    assert torch.equal(whole[:1], sample_noise(7, 0, 16, (5, 3), draws=1))
     reference = np.random.Generator(np.random.Philox(key=[7, 9])).standard_normal((4, 5, 3), dtype=np.float32)
     assert np.array_equal(whole[:, 9].numpy(), reference)
 

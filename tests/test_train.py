@@ -40,7 +40,8 @@ def unbroken(tmp_path_factory):
     return train.train(LONGER, tmp_path_factory.mktemp("unbroken") / "run", seed=1).parent
 
 
-LONGER = replace(TINY, iterations=12, log_every=3)      # checkpoints at 0, 4, 8, 12 and log lines at 3, 4, 6, 8, 9, 12
+# checkpoints at 0, 4, 8, 12 and log lines at 3, 4, 6, 8, 9, 12
+LONGER = replace(TINY, iterations=12, log_every=3)
 LONGER_FLAGS = [*TINY_FLAGS, "--iterations", "12", "--log-every", "3", "--seed", "1", "--device", "cpu"]
 
 
@@ -203,7 +204,7 @@ train.main(sys.argv[1:])
 
 def test_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(unbroken, tmp_path):
     out = tmp_path / "run"
-    for nth, options, stands in ((3, [], 4), (1, ["--resume"], 4)):          # both die writing the one of iteration 8
+    for nth, options, stands in ((3, [], 4), (1, ["--resume"], 4)):  # both die writing the one of iteration 8
         script = KILLED_WHILE_WRITING.format(root=str(ROOT), nth=nth)
         result = subprocess.run([sys.executable, "-c", script, "--out", str(out), *LONGER_FLAGS, *options], capture_output=True)
         assert result.returncode == -signal.SIGKILL and (out / "last.pt.tmp").read_bytes() == b"half a checkpoint"
@@ -236,7 +237,7 @@ def test_resume_of_a_finished_run_does_nothing(unbroken, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--lr", "0.5"], "--lr 0.003, not 0.5"), (["--seed", "9"], "--seed 1, not 9"), (["--iterations", "99"], "--iterations 12"),
+    (["--lr", "0.5"], "--lr 0.004, not 0.5"), (["--seed", "9"], "--seed 1, not 9"), (["--iterations", "99"], "--iterations 12"),
     (["--preset", "fashion-mnist"], "drop --preset"),
 ])
 def test_resume_refuses_a_setting_that_differs(unbroken, tmp_path, capsys, options, named):
@@ -309,7 +310,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     result = torchrun(2, "--out", tmp_path / "two", "--resume", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[40:]] for name in ("one", "two"))
-    assert len(one) == len(two) == 20 and one[0]["con_l1"] > 1e-4           # trained: noise makes a difference
+    assert len(one) == len(two) == 20 and one[0]["con_l1"] > 1e-4          # trained: noise makes a difference
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=0, abs=1e-5)
 
