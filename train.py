@@ -81,7 +81,7 @@ class Preset:
     betas: tuple = option((0.9, 0.95), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW, on matrices only", 0)
     clip: float = option(1.0, "largest norm of the gradient; 0 = off", 0)
-    ema: float = option(0.9997, "largest decay of the averaged weights; rises as (1 + step) / (10 + step)", 0, 1)
+    ema: float = option(0.9997, "largest decay of the averaged weights; see update_ema", 0, 1)
     use_ema: bool = option(False, "sample with the averaged weights")
 
     log_every: int = option(50, "iterations between lines of log.jsonl", 1)
@@ -674,7 +674,7 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
 
 
 def sample_all(model, y, steps, cfg, seed, batch=100):
-    """Samples 0 .. len(y) - 1 as uint8; processes take fixed batches whole, so their number changes nothing."""
+    """Samples 0 .. len(y) - 1 as uint8; processes take fixed batches whole: their number changes nothing."""
     rank, world = process_rank()
     device = next(model.parameters()).device
     images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device)

@@ -15,16 +15,17 @@ sys.path.insert(0, str(ROOT))
 from models import SphereEncoder  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
-TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4, mixer_depth=1,
-               batch_size=8, iterations=6, warmup=2, log_every=2, checkpoint_every=4, picture_every=0)
-TINY_FLAGS = ["--encoder-size", "16,1,2", "--decoder-size", "16,1,2", "--latent-dim", "4", "--mixer-depth", "1",
-              "--batch-size", "8", "--iterations", "6", "--warmup", "2", "--log-every", "2", "--checkpoint-every", "4",
-              "--picture-every", "0"]
+TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
+               mixer_depth=1, batch_size=8, iterations=6, warmup=2, log_every=2, checkpoint_every=4,
+               picture_every=0)
+TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixer-depth 1 --batch-size 8 "
+              "--iterations 6 --warmup 2 --log-every 2 --checkpoint-every 4 --picture-every 0").split()
 
 
 def with_seeded_weights(model):
-    """Non-zero weights for every tensor, seeded by its name: at initialisation the gates and last layers are zero, and
-    nearly every claim about the network would hold vacuously. The recipe is that of the golden file."""
+    """Non-zero weights for every tensor, seeded by its name: at initialisation the gates and last layers are
+    zero, and nearly every claim about the network would hold vacuously. The recipe is that of the golden
+    file."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(parameter.shape))
