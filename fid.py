@@ -1,4 +1,4 @@
-"""Distances between sets of images. So far the Fréchet distance of two Gaussians, and reading of pixels.
+"""Distances between sets of images. So far the Fréchet distance, and pixels in and out of files.
 
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", 2017 (FID is this distance on Inception
 features).

@@ -1,8 +1,8 @@
 """Training and evaluation of a Sphere Encoder. SE Sec. 2.3, 3, App. C.2, D.
 
-    python train.py                                                  # handwritten digits, minutes on a laptop
-    python train.py --preset folder --data photos --out out/photos     # any folder of class folders
-    torchrun --nproc_per_node=8 train.py --preset fashion-mnist        # one process per GPU
+    python train.py                                                   # handwritten digits, in minutes
+    python train.py --preset folder --data photos --out out/photos    # any folder of class folders
+    torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
     python train.py --evaluate out/digits/last.pt
 """
 
@@ -81,7 +81,7 @@ class Preset:
     betas: tuple = option((0.9, 0.95), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW, on matrices only", 0)
     clip: float = option(1.0, "largest norm of the gradient; 0 = off", 0)
-    ema: float = option(0.9997, "largest decay of the averaged weights; see update_ema", 0, 1)
+    ema: float = option(0.9997, "largest decay of the averaged weights, which begins lower", 0, 1)
     use_ema: bool = option(False, "sample with the averaged weights")
 
     log_every: int = option(50, "iterations between lines of log.jsonl", 1)

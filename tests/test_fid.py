@@ -28,9 +28,8 @@ def test_frechet_is_squared_mean_gap_for_equal_covariances():
 
 
 def test_frechet_of_scaled_identities():
-    assert frechet_distance(ZERO, 2 * I, ZERO, 0.5 * I) == pytest.approx(
-        D * (2**0.5 - 0.5**0.5) ** 2, rel=1e-9
-    )
+    expected = D * (2**0.5 - 0.5**0.5) ** 2
+    assert frechet_distance(ZERO, 2 * I, ZERO, 0.5 * I) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_of_commuting_covariances():
@@ -48,11 +47,8 @@ def test_frechet_of_a_linear_map():
 def test_frechet_of_rank_deficient_covariances():
     P = np.diag([1.0] * (D // 2) + [0.0] * (D // 2))
     assert frechet_distance(ZERO, P, ZERO, I - P) == pytest.approx(D, rel=1e-9)
-    assert (
-        frechet_distance(ZERO, 0 * I, ZERO, I)
-        == frechet_distance(ZERO, I, ZERO, 0 * I)
-        == pytest.approx(D, rel=1e-9)
-    )
+    assert (frechet_distance(ZERO, 0 * I, ZERO, I) == frechet_distance(ZERO, I, ZERO, 0 * I)
+            == pytest.approx(D, rel=1e-9))
     assert frechet_distance(ZERO, 0 * I, ZERO, 0 * I) == 0
     S = covariance(rank=5)
     assert frechet_distance(ZERO, S, ZERO, S) == pytest.approx(0, abs=1e-9)
@@ -60,19 +56,13 @@ def test_frechet_of_rank_deficient_covariances():
 
 def test_frechet_of_one_correlated_pair():
     S = np.array([[1, 0.9], [0.9, 1]])
-    assert frechet_distance([0, 0], S, [0, 0], np.eye(2)) == pytest.approx(
-        (1.9**0.5 - 1) ** 2 + (0.1**0.5 - 1) ** 2, rel=1e-9
-    )
+    expected = (1.9**0.5 - 1) ** 2 + (0.1**0.5 - 1) ** 2
+    assert frechet_distance([0, 0], S, [0, 0], np.eye(2)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_is_symmetric_rotation_invariant_and_quadratic_in_scale():
-    m1, m2, S1, S2, Q = (
-        RNG.standard_normal(D),
-        RNG.standard_normal(D),
-        covariance(),
-        covariance(seed=4),
-        rotation(),
-    )
+    m1, m2 = RNG.standard_normal(D), RNG.standard_normal(D)
+    S1, S2, Q = covariance(), covariance(seed=4), rotation()
     distance = frechet_distance(m1, S1, m2, S2)
     assert frechet_distance(m2, S2, m1, S1) == pytest.approx(distance, rel=1e-9)
     assert frechet_distance(Q @ m1, Q @ S1 @ Q.T, Q @ m2, Q @ S2 @ Q.T) == pytest.approx(distance, rel=1e-9)
@@ -89,14 +79,13 @@ def test_frechet_equals_the_matrix_square_root_formula():
 def test_frechet_uses_the_symmetric_part_of_a_covariance():
     S, skew = covariance(), np.random.default_rng(6).standard_normal((D, D))
     skew -= skew.T
-    assert frechet_distance(ZERO, S + skew, ZERO, I) == pytest.approx(
-        frechet_distance(ZERO, S, ZERO, I), rel=1e-9
-    )
+    expected = frechet_distance(ZERO, S, ZERO, I)
+    assert frechet_distance(ZERO, S + skew, ZERO, I) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "change, named", [({1: np.eye(3)}, "[3, 3]"), ({2: np.zeros(5)}, "[5]"), ({3: I * np.nan}, "finite")]
-)
+@pytest.mark.parametrize("change, named", [
+    ({1: np.eye(3)}, "[3, 3]"), ({2: np.zeros(5)}, "[5]"), ({3: I * np.nan}, "finite"),
+])
 def test_bad_statistics_are_named(change, named):
     arguments = [change.get(i, value) for i, value in enumerate((ZERO, I, ZERO, I))]
     with pytest.raises(ValueError) as error:

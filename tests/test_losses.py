@@ -24,13 +24,9 @@ def squares(a, b):
 @pytest.fixture
 def batch(model):
     B = 3
-    return dict(
-        x=rand(B, 3, 12, 20),
-        y=torch.tensor([0, 1, 3]),
-        sigma=torch.tensor([1.0, 3.0, 5.0]),
-        sigma_sub=torch.tensor([0.1, 0.7, 2.5]),
-        e=torch.randn(B, 15, 7, generator=torch.Generator().manual_seed(2)),
-    )
+    return dict(x=rand(B, 3, 12, 20), y=torch.tensor([0, 1, 3]), sigma=torch.tensor([1.0, 3.0, 5.0]),
+                sigma_sub=torch.tensor([0.1, 0.7, 2.5]),
+                e=torch.randn(B, 15, 7, generator=torch.Generator().manual_seed(2)))
 
 
 def gradient_norms(loss, model):
@@ -75,9 +71,8 @@ def test_latent_consistency_is_one_minus_the_cosine_of_whole_latents():
     torch.testing.assert_close(latent_consistency_loss(v, v.roll(1, 0)), torch.tensor(1.0))
     # Tokens of unequal length: per token the cosines are 1 and -1, for the whole vector (9 - 1) / 10.
     v = torch.tensor([[[3.0, 0.0], [1.0, 0.0]]])
-    torch.testing.assert_close(
-        latent_consistency_loss(v, v * torch.tensor([[1.0], [-1.0]])), torch.tensor(0.2)
-    )
+    turned = v * torch.tensor([[1.0], [-1.0]])
+    torch.testing.assert_close(latent_consistency_loss(v, turned), torch.tensor(0.2))
 
 
 def test_latent_consistency_sends_no_gradient_to_the_clean_latent():
@@ -106,15 +101,12 @@ def test_total_is_the_weighted_sum_of_the_equations(model, batch):
     x, y, sigma, sigma_sub, e = batch.values()
     v = spherify(model.encode(x, y))
     x_NOISY, x_noisy = model.decode(add_noise(v, sigma, e), y), model.decode(add_noise(v, sigma_sub, e), y)
-    expected = [
-        *pixel_reconstruction_loss(x_noisy, x, squares),
-        *pixel_consistency_loss(x_NOISY, x_noisy, squares),
-        latent_consistency_loss(v, model.encode(x_NOISY, y)),
-    ]
+    expected = [*pixel_reconstruction_loss(x_noisy, x, squares),
+                *pixel_consistency_loss(x_NOISY, x_noisy, squares),
+                latent_consistency_loss(v, model.encode(x_NOISY, y))]
     assert tuple(parts) == WEIGHT_NAMES
-    torch.testing.assert_close(
-        list(parts.values()), [part.detach() for part in expected], rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(list(parts.values()), [part.detach() for part in expected],
+                               rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, sum(w * part for w, part in zip((1, 2, 3, 4, 5), expected)))
 
 
@@ -139,12 +131,8 @@ def test_the_four_passes_take_their_own_classes(model, batch):
         y4[row] = 4                                                      # the null class in one pass only
         parts = sphere_encoder_loss(model, y=y4, **batch, weights=WEIGHTS)[1]
         changed.append({name for name in parts if not torch.isclose(parts[name], base[name], rtol=1e-4)})
-    assert changed == [
-        {"recon_l1", "con_l1", "lat_con"},
-        {"con_l1", "lat_con"},
-        {"recon_l1", "con_l1"},
-        {"lat_con"},
-    ]
+    assert changed == [{"recon_l1", "con_l1", "lat_con"}, {"con_l1", "lat_con"}, {"recon_l1", "con_l1"},
+                       {"lat_con"}]
 
 
 def test_both_noisy_latents_share_the_noise(model, batch):
@@ -157,8 +145,7 @@ def test_terms_of_weight_zero_cost_no_pass(model, batch, monkeypatch):
     for name in ("encode", "decode"):
         whole = getattr(model, name)
         monkeypatch.setattr(
-            model, name, lambda x, y, name=name, whole=whole: calls.append((name, len(x))) or whole(x, y)
-        )
+            model, name, lambda x, y, name=name, whole=whole: calls.append((name, len(x))) or whole(x, y))
     for weights, expected in (((1, 0, 0, 0, 0), [("encode", 3), ("decode", 3)]),
                               ((1, 0, 1, 0, 0), [("encode", 3), ("decode", 6)]),
                               ((1, 0, 1, 0, 1), [("encode", 3), ("decode", 6), ("encode", 3)])):
@@ -172,10 +159,8 @@ def test_losses_of_bf16_inputs_are_computed_in_float32():
     v, z = a.flatten(2), b.flatten(2)
     with torch.autocast("cpu", torch.bfloat16):
         inside = [*pixel_reconstruction_loss(a, b), latent_consistency_loss(v, z)]
-    outside = [
-        *pixel_reconstruction_loss(a.float(), b.float()),
-        latent_consistency_loss(v.float(), z.float()),
-    ]
+    outside = [*pixel_reconstruction_loss(a.float(), b.float()),
+               latent_consistency_loss(v.float(), z.float())]
     assert [part.item() for part in inside] == [part.item() for part in outside]
     assert inside[0].dtype == inside[2].dtype == torch.float32
 

@@ -63,14 +63,9 @@ def test_networks_agree_with_the_released_system(golden):
     with torch.no_grad():
         z = model.encode(x, y)
         noise_image = model.decode(spherify(e), y)
-        outputs = {
-            "z": z,
-            "v": spherify(z),
-            "v0": spherify(e),
-            "reconstruction": model.decode(spherify(z), y),
-            "decoded_noise": noise_image,
-            "reencoded": model.encode(noise_image, y),
-        }
+        outputs = {"z": z, "v": spherify(z), "v0": spherify(e),
+                   "reconstruction": model.decode(spherify(z), y),
+                   "decoded_noise": noise_image, "reencoded": model.encode(noise_image, y)}
     for name, output in outputs.items():
         np.testing.assert_allclose(output, golden[name], rtol=0, atol=2e-5, err_msg=name)
 
@@ -79,17 +74,9 @@ def golden_model(golden):
     """The file's network under our names, which differ from the released ones in three words."""
     config = ast.literal_eval(str(golden["config"]))
     size = (config["size"]["width"], config["size"]["layers"], config["size"]["heads"])
-    model = SphereEncoder(
-        config["image_size"],
-        config["patch_size"],
-        config["token_channels"],
-        config["num_classes"],
-        size,
-        size,
-        config["mixer_depth"],
-        config["pixel_head"],
-        config["angle"],
-    )
+    model = SphereEncoder(config["image_size"], config["patch_size"], config["token_channels"],
+                          config["num_classes"], size, size, config["mixer_depth"], config["pixel_head"],
+                          config["angle"])
     weights = {}
     for line in golden["keys"]:
         name, shape = line.split(" ", 1)
@@ -201,9 +188,8 @@ def test_an_unconditional_model_has_no_tables_and_ignores_classes(unconditional)
 def test_rope_scores_depend_on_relative_position_only():
     h, w, head_dim = 5, 7, 12
     rope = rope_table((h, w), head_dim)
-    q, k = (
-        torch.randn(head_dim, generator=torch.Generator().manual_seed(s)).expand(h * w, -1) for s in (0, 1)
-    )
+    q, k = (torch.randn(head_dim, generator=torch.Generator().manual_seed(s)).expand(h * w, -1)
+            for s in (0, 1))
     score = (apply_rope(q, rope) @ apply_rope(k, rope).T).view(h, w, h, w)
     torch.testing.assert_close(score[0, 0, 2, 3], score[2, 3, 4, 6], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(score[3, 1, 1, 4], score[4, 3, 2, 6], rtol=1e-4, atol=1e-4)
@@ -216,9 +202,8 @@ def test_rope_turns_the_first_half_with_the_row_and_the_second_with_the_column()
     turned = apply_rope(x, rope_table((h, w), head_dim)).view(h, w, head_dim)
     assert torch.equal(turned[:, :1, :4].expand(-1, w, -1), turned[..., :4])
     assert torch.equal(turned[:1, :, 4:].expand(h, -1, -1), turned[..., 4:])
-    torch.testing.assert_close(
-        turned[1, 0, :2], torch.tensor([math.cos(1) - math.sin(1), math.cos(1) + math.sin(1)])
-    )
+    torch.testing.assert_close(turned[1, 0, :2], torch.tensor([math.cos(1) - math.sin(1),
+                                                               math.cos(1) + math.sin(1)]))
     torch.testing.assert_close(turned.norm(dim=-1), x.view(h, w, head_dim).norm(dim=-1))
 
 
@@ -253,13 +238,11 @@ def test_linear_head_puts_every_patch_in_its_place():
 def test_conv_head_is_reflect_conv_silu_transposed_conv_tanh():
     head = with_seeded_weights(ConvHead((3, 5), 4))
     tokens = torch.randn(2, 15, 32)
-    x = torch.stack([tokens[:, 5 * i : 5 * i + 5] for i in range(3)], dim=1).permute(
-        0, 3, 1, 2
-    )  # [B, 32, h, w]
+    x = torch.stack([tokens[:, 5 * i:5 * i + 5] for i in range(3)], dim=1)                 # [B, h, w, 32]
+    x = x.permute(0, 3, 1, 2)                                                              # [B, 32, h, w]
     x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), head.conv.weight, head.conv.bias)
-    x = F.conv_transpose2d(
-        x * torch.sigmoid(x), head.upsample.weight, head.upsample.bias, stride=4, padding=1
-    )
+    x = F.conv_transpose2d(x * torch.sigmoid(x), head.upsample.weight, head.upsample.bias,
+                           stride=4, padding=1)
     torch.testing.assert_close(head(tokens), torch.tanh(x))
 
 
@@ -283,9 +266,8 @@ def test_mixers_stand_at_the_encoders_end_and_the_decoders_start(model):
     ends = {"encoder.out": (15, 7), "decoder.x_embedder.1": (15, 24)}
     for name, (tokens, dim) in ends.items():
         mixer = model.get_submodule(name)
-        assert mixer.blocks[0].tok_mixer[0].weight.shape == (tokens, tokens) and mixer.norm.weight.shape == (
-            dim,
-        )
+        assert mixer.blocks[0].tok_mixer[0].weight.shape == (tokens, tokens)
+        assert mixer.norm.weight.shape == (dim,)
     z = model.encode(images(model, 2))
     model.encoder.out.norm.weight.data *= 2
     torch.testing.assert_close(model.encode(images(model, 2)), 2 * z)
@@ -294,25 +276,14 @@ def test_mixers_stand_at_the_encoders_end_and_the_decoders_start(model):
 # ---- bad input ----
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (dict(patch_size=5), "16"),
-        (dict(patch_size=0), "0"),
-        (dict(image_size=2), "2"),
-        (dict(encoder_size="tiny"), "tiny"),
-        (dict(decoder_size=(30, 1, 4)), "30"),
-        (dict(pixel_head="cnn"), "cnn"),
-        (dict(alpha_max=90.0), "90"),
-        (dict(num_classes=-1), "-1"),
-        (dict(latent_dim=0), "0"),
-        (dict(mixer_depth=-2), "-2"),
-        (dict(encoder_size=(16, 1, 0)), "(16, 1, 0)"),
-        (dict(encoder_size=(16, 1)), "(16, 1)"),
-        (dict(image_size=4, pixel_head="conv"), "pixel head"),
-        (dict(image_size=1, patch_size=1), "pixel head"),
-    ],
-)
+@pytest.mark.parametrize("change, named", [
+    (dict(patch_size=5), "16"), (dict(patch_size=0), "0"), (dict(image_size=2), "2"),
+    (dict(encoder_size="tiny"), "tiny"),
+    (dict(decoder_size=(30, 1, 4)), "30"), (dict(pixel_head="cnn"), "cnn"), (dict(alpha_max=90.0), "90"),
+    (dict(num_classes=-1), "-1"), (dict(latent_dim=0), "0"), (dict(mixer_depth=-2), "-2"),
+    (dict(encoder_size=(16, 1, 0)), "(16, 1, 0)"), (dict(encoder_size=(16, 1)), "(16, 1)"),
+    (dict(image_size=4, pixel_head="conv"), "pixel head"), (dict(image_size=1, patch_size=1), "pixel head"),
+])
 def test_sizes_that_do_not_fit_are_named(change, named):
     good = dict(image_size=16, patch_size=4, latent_dim=4, num_classes=2, encoder_size=(16, 1, 2),
                 decoder_size=(16, 1, 2), mixer_depth=1)

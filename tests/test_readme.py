@@ -10,28 +10,21 @@ import train
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+COMMANDS = [line.split("  #")[0].strip()
+            for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
+            if line.strip() and not line.startswith("#")]
 
 
 def arguments(program):
     """The argument lists of every README command that calls a program."""
-    return [
-        shlex.split(command)[shlex.split(command).index(program) + 1 :]
-        for command in COMMANDS
-        if f" {program}" in command
-    ]
+    return [shlex.split(command)[shlex.split(command).index(program) + 1:]
+            for command in COMMANDS if f" {program}" in command]
 
 
 def test_there_are_two_set_up_commands_and_ci_runs_the_second():
     set_up = [command for command in COMMANDS if "requirements.txt" in command]
-    assert (
-        len(set_up) == 2 and set_up[0].endswith("python train.py") and set_up[1].endswith("python -m pytest")
-    )
+    assert len(set_up) == 2
+    assert set_up[0].endswith("python train.py") and set_up[1].endswith("python -m pytest")
     assert set_up[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
@@ -39,8 +32,7 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
     calls = []
     monkeypatch.setattr(
-        train, "train", lambda preset, out, *rest: calls.append(train.check_preset(preset, 1))
-    )
+        train, "train", lambda preset, out, *rest: calls.append(train.check_preset(preset, 1)))
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     assert train.main(argv) is None and len(calls) == 1
 

@@ -94,20 +94,10 @@ def test_guided_two_step_sampling_agrees_with_the_released_system():
         np.testing.assert_allclose(x, golden[name], rtol=0, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(steps=3),
-        dict(cfg=2.0),
-        dict(alpha=60.0),
-        dict(gamma=1.0),
-        dict(shared=False),
-        dict(seed=1),
-        dict(first=1),
-        dict(cfg=2.0, position="decoder"),
-        dict(y=torch.tensor([0, 1, 2])),
-    ],
-)
+@pytest.mark.parametrize("change", [
+    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=1.0), dict(shared=False), dict(seed=1),
+    dict(first=1), dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])),
+])
 def test_every_option_changes_the_result(model, change):
     base = dict(y=Y, steps=4)
     assert (generate(model, **base) - generate(model, **{**base, **change})).abs().max() > 1e-4
@@ -122,18 +112,16 @@ def test_gamma_one_adds_no_noise_at_the_last_step(model):
 
 def test_given_noise_replaces_the_seeded_one(model):
     assert torch.equal(generate(model, Y, 3, e=noise(model)[0]), generate(model, Y, 3, seed=5))
-    assert torch.equal(
-        generate(model, Y, 3, shared=False, e=noise(model, 3)), generate(model, Y, 3, shared=False, seed=5)
-    )
+    assert torch.equal(generate(model, Y, 3, shared=False, e=noise(model, 3)),
+                       generate(model, Y, 3, shared=False, seed=5))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_images_do_not_depend_on_the_batch(model, shared):
     y = torch.arange(16) % 4
     whole = generate(model, y, 3, 1.5, seed=2, shared=shared)
-    parts = torch.cat(
-        [generate(model, y[i : i + 3], 3, 1.5, seed=2, first=i, shared=shared) for i in range(0, 16, 3)]
-    )
+    parts = torch.cat([generate(model, y[i:i + 3], 3, 1.5, seed=2, first=i, shared=shared)
+                       for i in range(0, 16, 3)])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
@@ -148,24 +136,14 @@ def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model):
     torch.testing.assert_close(reconstruct(model, x, Y), model.decode(spherify(model.encode(x, Y)), Y))
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (dict(y=torch.tensor([0, 5])), "5"),
-        (dict(y=torch.tensor([-1])), "-1"),
-        (dict(y=torch.tensor([[1]])), "[[1]]"),
-        (dict(y=torch.tensor([0.5])), "0.5"),
-        (dict(steps=0), "0"),
-        (dict(cfg=-1.0), "-1.0"),
-        (dict(cfg=math.nan), "nan"),
-        (dict(alpha=90.0), "90.0"),
-        (dict(gamma=-1.0), "-1.0"),
-        (dict(position="middle"), "middle"),
-        (dict(seed=-1), "-1"),
-        (dict(e=torch.zeros(2, 15, 7)), "[1, 2, 15, 7]"),
-        (dict(e=torch.zeros(3, 15, 7), shared=False), "[1, 3, 15, 7]"),
-    ],
-)
+@pytest.mark.parametrize("change, named", [
+    (dict(y=torch.tensor([0, 5])), "5"), (dict(y=torch.tensor([-1])), "-1"),
+    (dict(y=torch.tensor([[1]])), "[[1]]"), (dict(y=torch.tensor([0.5])), "0.5"), (dict(steps=0), "0"),
+    (dict(cfg=-1.0), "-1.0"), (dict(cfg=math.nan), "nan"), (dict(alpha=90.0), "90.0"),
+    (dict(gamma=-1.0), "-1.0"), (dict(position="middle"), "middle"), (dict(seed=-1), "-1"),
+    (dict(e=torch.zeros(2, 15, 7)), "[1, 2, 15, 7]"),
+    (dict(e=torch.zeros(3, 15, 7), shared=False), "[1, 3, 15, 7]"),
+])
 def test_bad_sampling_options_are_named(model, change, named):
     with pytest.raises(ValueError) as error:
         generate(model, **{**dict(y=Y, steps=2), **change})
@@ -187,9 +165,8 @@ def test_a_checkpoint_alone_rebuilds_the_model(trained):
         assert not model.training and model.config == stored["config"] and model.class_names[7] == "7"
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, stored["ema" if ema else "model"][name])
-    assert stored["use_ema"] and torch.equal(
-        load(trained).decoder.ffn.linear.weight, stored["ema"]["decoder.ffn.linear.weight"]
-    )
+    assert stored["use_ema"]
+    assert torch.equal(load(trained).decoder.ffn.linear.weight, stored["ema"]["decoder.ffn.linear.weight"])
 
 
 class Explosive:
@@ -197,10 +174,8 @@ class Explosive:
         return (open, ("exploded", "w"))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["text", "empty", "truncated", "flipped", "pickle", "code", "other", "keys", "config", "weights"],
-)
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "flipped", "pickle", "code", "other",
+                                    "keys", "config", "weights"])
 def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, good, checkpoint = tmp_path / "bad.pt", trained.read_bytes(), dict(read_checkpoint(trained))
@@ -212,12 +187,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path,
     elif damage == "keys":
         torch.save({key: value for key, value in checkpoint.items() if key != "optimizer"}, path)
     else:
-        change = {
-            "code": {"preset": Explosive()},
-            "config": {"config": {**checkpoint["config"], "colour": 1}},
-            "weights": {"ema": dict(list(checkpoint["ema"].items())[:-1])},
-            "other": {"kind": "other"},
-        }
+        change = {"code": {"preset": Explosive()},
+                  "config": {"config": {**checkpoint["config"], "colour": 1}},
+                  "weights": {"ema": dict(list(checkpoint["ema"].items())[:-1])}, "other": {"kind": "other"}}
         torch.save({**checkpoint, **change[damage]}, path)
     with pytest.raises(SystemExit) as exit:
         main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
@@ -233,50 +205,26 @@ def run(trained, out, *options):
 
 
 def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(trained, tmp_path):
-    run(
-        trained,
-        tmp_path / "a",
-        "--count",
-        "7",
-        "--steps",
-        "2",
-        "--singles",
-        "--batch-size",
-        "3",
-        "--seed",
-        "4",
-    )
+    run(trained, tmp_path / "a", "--count", "7", "--steps", "2", "--singles", "--batch-size", "3",
+        "--seed", "4")
     run(trained, tmp_path / "b", "--count", "12", "--steps", "2", "--singles", "--seed", "4")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:06d}.png" for i in range(7)] + [
-        "samples.png"
-    ]
+    assert (sorted(p.name for p in (tmp_path / "a").iterdir())
+            == [f"{i:06d}.png" for i in range(7)] + ["samples.png"])
     for i in range(7):
         a, b = (np.asarray(Image.open(tmp_path / f / f"{i:06d}.png")).astype(int) for f in "ab")
         assert a.shape == (16, 16, 3) and abs(a - b).max() <= 1
     x = generate(load(trained), torch.tensor([5]), 2, seed=4, first=5)      # sample 5 of all has class 5
-    assert (
-        abs(
-            np.asarray(Image.open(tmp_path / "a" / "000005.png"))
-            - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()
-        ).max()
-        < 1
-    )
+    written = np.asarray(Image.open(tmp_path / "a" / "000005.png"))
+    assert abs(written - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
 
 
-@pytest.mark.parametrize(
-    "options, meaning",
-    [
-        (["--steps", "3"], dict(steps=3)),
-        (["--cfg", "2"], dict(cfg=2.0)),
-        (["--fresh"], dict(shared=False)),
-        (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")),
-        (["--gamma", "1"], dict(gamma=1.0)),
-        (["--alpha", "60"], dict(alpha=60.0)),
-        (["--seed", "9"], dict(seed=9)),
-        (["--no-ema"], dict(ema=False)),
-        (["--classes", "3,10"], dict(y=[3, 10, 3, 10])),
-    ],
-)
+@pytest.mark.parametrize("options, meaning", [
+    (["--steps", "3"], dict(steps=3)), (["--cfg", "2"], dict(cfg=2.0)), (["--fresh"], dict(shared=False)),
+    (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")),
+    (["--gamma", "1"], dict(gamma=1.0)), (["--alpha", "60"], dict(alpha=60.0)),
+    (["--seed", "9"], dict(seed=9)), (["--no-ema"], dict(ema=False)),
+    (["--classes", "3,10"], dict(y=[3, 10, 3, 10])),
+])
 def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, options, meaning):
     run(trained, tmp_path, "--count", "4", "--steps", "2", "--singles", *options)
     settings = {**dict(y=[0, 1, 2, 3], steps=2), **meaning}
@@ -290,10 +238,8 @@ def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, opti
 def test_grids_have_a_row_per_class_or_a_caption_per_image(trained, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sample,
-        "picture",
-        lambda panels, **names: seen.append((*panels.values(), names)) or Image.new("L", (1, 1)),
-    )
+        sample, "picture",
+        lambda panels, **names: seen.append((*panels.values(), names)) or Image.new("L", (1, 1)))
     run(trained, tmp_path / "rows", "--count", "5", "--steps", "1", "--classes", "3,5")
     run(trained, tmp_path / "captions", "--count", "5", "--steps", "1", "--classes", "7")
     x = generate(load(trained), [3, 5, 3, 5, 3], 1)
@@ -311,10 +257,8 @@ def test_a_picture_shows_every_image_where_it_belongs():
     for row in range(2):
         line = drawn[26 + 50 * row + 25]
         runs = [value for value, length in run_lengths(line) if length == 48]
-        expected = [
-            round(((value + 1) * 127.5).item())
-            for value in [*images[row, :, 0, 0, 0], *-images[row, :, 0, 0, 0]]
-        ]
+        expected = [round(((value + 1) * 127.5).item())
+                    for value in [*images[row, :, 0, 0, 0], *-images[row, :, 0, 0, 0]]]
         assert runs == pytest.approx(expected, abs=1)
 
 
@@ -323,26 +267,14 @@ def run_lengths(line):
     return [(line[end], end - start) for start, end in zip([-1, *ends], ends)]
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--steps", "0"], "steps must"),
-        (["--steps", "many"], "many"),
-        (["--cfg", "-2"], "-2"),
-        (["--count", "0"], "--count"),
-        (["--classes", "0,1,11", "--batch-size", "2", "--singles"], "11"),
-        (["--classes", "a"], "'a'"),
-        (["--alpha", "90"], "90"),
-        (["--gamma", "-1"], "gamma"),
-        (["--position", "left"], "left"),
-        (["--seed", "-1"], "seed"),
-        (["--step", "3"], "--step"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
-        (["--device", "abacus"], "abacus"),
-        (["--device", "meta"], "meta"),
-    ],
-)
+@pytest.mark.parametrize("options, named", [
+    (["--steps", "0"], "steps must"), (["--steps", "many"], "many"), (["--cfg", "-2"], "-2"),
+    (["--count", "0"], "--count"), (["--classes", "0,1,11", "--batch-size", "2", "--singles"], "11"),
+    (["--classes", "a"], "'a'"), (["--alpha", "90"], "90"), (["--gamma", "-1"], "gamma"),
+    (["--position", "left"], "left"), (["--seed", "-1"], "seed"), (["--step", "3"], "--step"),
+    (["--batch-size", "0"], "--batch-size"), (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"),
+])
 def test_bad_options_are_one_line_and_leave_nothing(trained, tmp_path, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
         run(trained, tmp_path / "out", *options)

@@ -33,16 +33,15 @@ def generator():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 2**-8)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 2**-8),
+])
 def test_spherify_radius_is_sqrt_L(shape, dtype, tolerance):
     v = spherify(3 * normal(*shape, dtype=dtype))
     radius = v.double().flatten(1).norm(dim=1)
     assert v.dtype == dtype and v.shape == shape
-    torch.testing.assert_close(
-        radius, torch.full_like(radius, math.sqrt(math.prod(shape[1:]))), rtol=tolerance, atol=0
-    )
+    torch.testing.assert_close(radius, torch.full_like(radius, math.sqrt(math.prod(shape[1:]))),
+                               rtol=tolerance, atol=0)
 
 
 def test_spherify_rounds_only_its_result_to_bf16():
@@ -127,9 +126,8 @@ def test_noise_of_equal_direction_lies_on_one_great_circle():
 
 
 def test_angles_and_sigmas_are_inverse():
-    assert angle_to_sigma(80.0) == pytest.approx(5.6712818, rel=1e-7) and angle_to_sigma(
-        45.0
-    ) == pytest.approx(1.0)
+    assert angle_to_sigma(80.0) == pytest.approx(5.6712818, rel=1e-7)
+    assert angle_to_sigma(45.0) == pytest.approx(1.0)
     alphas = torch.linspace(0, 89.9, 50, dtype=torch.float64)
     torch.testing.assert_close(sigma_to_angle(angle_to_sigma(alphas)), alphas)
     assert [sigma_to_angle(angle_to_sigma(a)) for a in (0.0, 12.5, 89.0)] == pytest.approx([0.0, 12.5, 89.0])
@@ -171,10 +169,8 @@ def test_small_noise_is_at_most_half_the_large_noise_of_the_same_sample(generato
     ratio = (sigma_sub / sigma)[sigma > 0]
     assert (sigma_sub <= 0.5 * sigma).all()
     assert largest_cdf_gap(ratio, stats.uniform(0, 0.5).cdf) < KS_LIMIT  # also where sigma is hard: s * sigma
-    assert (
-        largest_cdf_gap(ratio[sigma[sigma > 0] > angle_to_sigma(80.0)], stats.uniform(0, 0.5).cdf)
-        < 2 * KS_LIMIT
-    )
+    of_hard = ratio[sigma[sigma > 0] > angle_to_sigma(80.0)]
+    assert largest_cdf_gap(of_hard, stats.uniform(0, 0.5).cdf) < 2 * KS_LIMIT
 
 
 def test_stratified_draws_hit_every_stratum_once_and_both_ends(generator):
@@ -188,12 +184,9 @@ def test_stratified_draws_hit_every_stratum_once_and_both_ends(generator):
 
 def test_logit_normal_draws_are_the_larger_and_smaller_of_two(generator):
     sigma, sigma_sub = logit_normal_sigmas(N_DRAWS, 85.0, mean=-0.5, std=1.5, generator=generator)
-    one = lambda t: stats.norm(-0.5, 1.5).cdf(
-        np.log(
-            np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12)
-            / (1 - np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12))
-        )
-    )
+    one = lambda t: stats.norm(-0.5, 1.5).cdf(np.log(
+        np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12) /
+        (1 - np.clip(t / angle_to_sigma(85.0), 1e-12, 1 - 1e-12))))
     assert (sigma >= sigma_sub).all()
     assert largest_cdf_gap(sigma, lambda t: one(t) ** 2) < KS_LIMIT
     assert largest_cdf_gap(sigma_sub, lambda t: 1 - (1 - one(t)) ** 2) < KS_LIMIT
@@ -217,9 +210,8 @@ def test_schedule_ends_where_equation_13_says():
 
 def test_noise_of_a_sample_depends_on_seed_and_index_alone():
     whole = sample_noise(7, 0, 16, (5, 3), draws=4)
-    parts = torch.cat(
-        [sample_noise(7, first, min(3, 16 - first), (5, 3), draws=4) for first in range(0, 16, 3)], dim=1
-    )
+    parts = torch.cat([sample_noise(7, first, min(3, 16 - first), (5, 3), draws=4)
+                       for first in range(0, 16, 3)], dim=1)
     assert torch.equal(whole, parts)
     # the first draw, however many follow
     assert torch.equal(whole[:1], sample_noise(7, 0, 16, (5, 3), draws=1))

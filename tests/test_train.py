@@ -18,17 +18,9 @@ import train
 from conftest import ROOT, TINY, TINY_FLAGS, one_line
 from losses import lpips_vgg, sphere_encoder_loss
 from sample import load, read_checkpoint
-from train import (
-    PRESETS,
-    batch_indices,
-    evaluate,
-    gaussian,
-    learning_rate,
-    load_data,
-    main,
-    random_draws,
-    update_ema,
-)
+from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
+                   update_ema)
+
 
 def assert_same_run(a, b):
     """Weights, average, optimizer and log of two run folders are the same bit for bit."""
@@ -37,10 +29,8 @@ def assert_same_run(a, b):
     assert one.keys() == two.keys()
     for key in one.keys() - {"model", "ema", "optimizer"}:
         assert one[key] == two[key], key
-    flat = [
-        torch.utils._pytree.tree_leaves([checkpoint[key] for key in ("model", "ema", "optimizer")])
-        for checkpoint in (one, two)
-    ]
+    flat = [torch.utils._pytree.tree_leaves([checkpoint[key] for key in ("model", "ema", "optimizer")])
+            for checkpoint in (one, two)]
     assert len(flat[0]) == len(flat[1]) > 100
     for left, right in zip(*flat):
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
@@ -63,10 +53,8 @@ LONGER_FLAGS = [*TINY_FLAGS, "--iterations", "12", "--log-every", "3", "--seed",
 def test_every_epoch_is_a_permutation_and_batches_need_no_history():
     whole = [index for batch in batch_indices(10, 4, 7, range(25)) for index in batch]
     epochs = [whole[i:i + 10] for i in range(0, 100, 10)]
-    assert (
-        all(sorted(epoch) == list(range(10)) for epoch in epochs)
-        and len({tuple(epoch) for epoch in epochs}) == 10
-    )
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
     assert [i for batch in batch_indices(10, 4, 7, range(13, 25)) for i in batch] == whole[52:]
     assert len(next(batch_indices(3, 10, 7, range(1)))) == 10                # a batch may span several epochs
 
@@ -79,12 +67,7 @@ def test_processes_share_the_global_batch():
 
 def test_a_steps_draws_are_a_function_of_seed_and_step():
     preset = PRESETS["digits"]
-    a, b, c, d = (
-        random_draws(preset, 5, 9),
-        random_draws(preset, 5, 9),
-        random_draws(preset, 5, 10),
-        random_draws(preset, 6, 9),
-    )
+    a, b, c, d = (random_draws(preset, seed, step) for seed, step in ((5, 9), (5, 9), (5, 10), (6, 9)))
     for name in a:
         assert torch.equal(a[name], b[name])
     for name in ("sigma", "sigma_sub", "e_seed", "drop"):
@@ -92,9 +75,8 @@ def test_a_steps_draws_are_a_function_of_seed_and_step():
 
 
 def test_class_drops_are_a_tenth_and_independent_in_every_pass():
-    drop = torch.cat(
-        [random_draws(PRESETS["digits"], 0, step)["drop"] for step in range(400)], dim=1
-    ).double()  # [4, n]
+    drop = torch.cat([random_draws(PRESETS["digits"], 0, step)["drop"]
+                      for step in range(400)], dim=1).double()               # [4, n]
     n = drop.shape[1]
     assert (drop.mean(1) - 0.1).abs().max() < 4 * math.sqrt(0.09 / n)
     correlation = torch.corrcoef(drop) - torch.eye(4)
@@ -103,9 +85,8 @@ def test_class_drops_are_a_tenth_and_independent_in_every_pass():
 
 def test_flips_only_where_the_preset_has_them():
     assert not random_draws(PRESETS["digits"], 0, 0)["flip"].any()
-    flips = torch.cat(
-        [random_draws(replace(PRESETS["digits"], flip=True), 0, s)["flip"] for s in range(50)]
-    ).double()
+    flips = torch.cat([random_draws(replace(PRESETS["digits"], flip=True), 0, s)["flip"]
+                       for s in range(50)]).double()
     assert abs(flips.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(flips))
 
 
@@ -119,19 +100,9 @@ def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
     """Three iterations by hand: data, flip, class drops, noise, loss, clipping, AdamW and average."""
     perceptual = lpips_vgg(random_trunk=True)
     monkeypatch.setattr(train, "lpips_vgg", lambda: perceptual)
-    preset = replace(
-        TINY,
-        iterations=3,
-        flip=True,
-        class_dropout=0.5,
-        clip=0.01,
-        weight_decay=0.3,
-        encoder_lr_scale=0.5,
-        perceptual="lpips-vgg",
-        weights=(2.0, 0.5, 1.0, 0.25, 0.1),
-        ema=0.15,
-        warmup=1,
-    )
+    preset = replace(TINY, iterations=3, flip=True, class_dropout=0.5, clip=0.01, weight_decay=0.3,
+                     encoder_lr_scale=0.5, perceptual="lpips-vgg", weights=(2.0, 0.5, 1.0, 0.25, 0.1),
+                     ema=0.15, warmup=1)
     path = train.train(preset, tmp_path / "run", seed=8, device="cpu")
 
     data = load_data(preset)[0]
@@ -142,11 +113,8 @@ def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [[p for name, p in trainable.items() if name.startswith(side) and (p.ndim > 1) == matrix]
                for side in ("encoder", "decoder") for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "weight_decay": 0.3 * (i % 2 == 0)} for i, group in enumerate(decayed)],
-        lr=0.0,
-        betas=(0.9, 0.95),
-    )
+    optimizer = torch.optim.AdamW([{"params": group, "weight_decay": 0.3 * (i % 2 == 0)}
+                                   for i, group in enumerate(decayed)], lr=0.0, betas=(0.9, 0.95))
     order = torch.randperm(1500, generator=train.seeded(8, 0, 0))
     for step, lr in enumerate((preset.lr / 2, preset.lr, (preset.lr + preset.min_lr) / 2)):
         drawn = random_draws(preset, 8, step)
@@ -156,9 +124,8 @@ def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
         labels = torch.tensor([data[i][1] for i in chosen])
         y = torch.stack([torch.where(drop, 10, labels) for drop in drawn["drop"]])
         e = gaussian(drawn["e_seed"], model.latent_shape, "cpu")
-        loss, _ = sphere_encoder_loss(
-            model, x, y, drawn["sigma"], drawn["sigma_sub"], e, preset.weights, perceptual
-        )
+        loss, _ = sphere_encoder_loss(model, x, y, drawn["sigma"], drawn["sigma_sub"], e, preset.weights,
+                                      perceptual)
         gradients = torch.autograd.grad(loss, list(trainable.values()))
         norm = torch.sqrt(sum(g.square().sum() for g in gradients))
         assert norm > 0.01                                                  # so that clipping acts
@@ -199,9 +166,8 @@ def test_average_is_a_lerp_whose_decay_rises_to_its_limit():
 
 def test_encoder_learns_at_its_scaled_rate(tmp_path):
     frozen = replace(TINY, encoder_lr_scale=0.0)
-    at_3, at_6 = (
-        load(train.train(replace(frozen, iterations=n), tmp_path / str(n), seed=2), ema=False) for n in (3, 6)
-    )
+    at_3, at_6 = (load(train.train(replace(frozen, iterations=n), tmp_path / str(n), seed=2), ema=False)
+                  for n in (3, 6))
     moved = {name for name, p in at_3.named_parameters() if not torch.equal(p, at_6.get_parameter(name))}
     assert moved and all(name.startswith("decoder.") for name in moved)
 
@@ -221,10 +187,8 @@ def test_resumed_run_equals_unbroken_run(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "drain", dies_at_6)
     with pytest.raises(RuntimeError, match="killed"):
         train.train(LONGER, tmp_path / "run", seed=1)
-    assert (
-        len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
-        and read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
-    )
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
     monkeypatch.setattr(train, "drain", whole)
     train.train(LONGER, tmp_path / "run", seed=1, resume=True)
     assert_same_run(tmp_path / "run", unbroken)
@@ -251,13 +215,10 @@ def test_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(unbro
     out = tmp_path / "run"
     for nth, options, stands in ((3, [], 4), (1, ["--resume"], 4)):  # both die writing the one of iteration 8
         script = KILLED_WHILE_WRITING.format(root=str(ROOT), nth=nth)
-        result = subprocess.run(
-            [sys.executable, "-c", script, "--out", str(out), *LONGER_FLAGS, *options], capture_output=True
-        )
-        assert (
-            result.returncode == -signal.SIGKILL
-            and (out / "last.pt.tmp").read_bytes() == b"half a checkpoint"
-        )
+        result = subprocess.run([sys.executable, "-c", script, "--out", str(out), *LONGER_FLAGS, *options],
+                                capture_output=True)
+        assert result.returncode == -signal.SIGKILL
+        assert (out / "last.pt.tmp").read_bytes() == b"half a checkpoint"
         assert read_checkpoint(out / "last.pt")["step"] == stands
     main(["--out", str(out), *LONGER_FLAGS, "--resume"])
     assert_same_run(out, unbroken)
@@ -286,15 +247,10 @@ def test_resume_of_a_finished_run_does_nothing(unbroken, tmp_path, capsys):
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--lr", "0.5"], "--lr 0.004, not 0.5"),
-        (["--seed", "9"], "--seed 1, not 9"),
-        (["--iterations", "99"], "--iterations 12"),
-        (["--preset", "fashion-mnist"], "drop --preset"),
-    ],
-)
+@pytest.mark.parametrize("options, named", [
+    (["--lr", "0.5"], "--lr 0.004, not 0.5"), (["--seed", "9"], "--seed 1, not 9"),
+    (["--iterations", "99"], "--iterations 12"), (["--preset", "fashion-mnist"], "drop --preset"),
+])
 def test_resume_refuses_a_setting_that_differs(unbroken, tmp_path, capsys, options, named):
     shutil.copytree(unbroken, tmp_path / "run")
     with pytest.raises(SystemExit) as exit:
@@ -308,10 +264,8 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken, tmp_path, capsys):
     checkpoint = read_checkpoint(unbroken / "last.pt")
     checkpoint["preset"]["colour"] = "red"
     torch.save(checkpoint, tmp_path / "run" / "last.pt")
-    for options in (
-        ["--out", str(tmp_path / "run"), "--resume"],
-        ["--evaluate", str(tmp_path / "run" / "last.pt")],
-    ):
+    for options in (["--out", str(tmp_path / "run"), "--resume"],
+                    ["--evaluate", str(tmp_path / "run" / "last.pt")]):
         with pytest.raises(SystemExit):
             main(options)
         assert "another version" in one_line(capsys, "train.py: ")
@@ -348,14 +302,8 @@ def test_a_log_that_is_none_is_refused(unbroken, tmp_path, capsys):
 
 
 def torchrun(processes, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        ROOT / "train.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", ROOT / "train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=120)
 
@@ -374,10 +322,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     train.train(preset, tmp_path / "one", seed=11, device="cpu")
     result = torchrun(2, "--out", tmp_path / "two", "--resume", "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[40:]]
-        for name in ("one", "two")
-    )
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[40:]]
+                for name in ("one", "two"))
     assert len(one) == len(two) == 20 and one[0]["con_l1"] > 1e-4          # trained: noise makes a difference
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=0, abs=1e-5)
@@ -388,20 +334,15 @@ def test_two_processes_evaluate_as_one(trained):
     result = torchrun(2, "--evaluate", trained, "--count", "230", "--steps", "2", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     table = [line.split() for line in result.stdout.splitlines()]
-    assert [row[2] for row in table if row[:2] == ["Fréchet", "distance"]] == [
-        f"{one['Fréchet distance']['2 steps']:.4f}"
-    ]
+    assert ([row[2] for row in table if row[:2] == ["Fréchet", "distance"]]
+            == [f"{one['Fréchet distance']['2 steps']:.4f}"])
 
 
 def test_one_process_reports_a_mistake_of_all(tmp_path):
     result = torchrun(2, "--out", tmp_path / "run", *TINY_FLAGS, "--batch-size", "7", "--device", "cpu")
     lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
-    assert (
-        result.returncode != 0
-        and len(lines) == 1
-        and "--batch-size 7" in lines[0]
-        and "2 processes" in lines[0]
-    )
+    assert result.returncode != 0 and len(lines) == 1
+    assert "--batch-size 7" in lines[0] and "2 processes" in lines[0]
 
 
 # ---- what a run leaves ----
@@ -423,9 +364,8 @@ def test_a_run_leaves_checkpoint_log_plot_and_pictures(tmp_path, capsys):
 
 def test_a_checkpoint_holds_only_plain_values_and_tensors(trained):
     allowed = (str, int, float, bool, type(None), torch.Tensor)
-    assert all(
-        isinstance(leaf, allowed) for leaf in torch.utils._pytree.tree_leaves(read_checkpoint(trained))
-    )
+    assert all(isinstance(leaf, allowed)
+               for leaf in torch.utils._pytree.tree_leaves(read_checkpoint(trained)))
 
 
 def test_seeds_and_only_seeds_and_settings_decide_a_run(trained, tmp_path):
@@ -443,8 +383,7 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_iteration_part_and_last_checkpoint(
-    tmp_path, capsys, monkeypatch
-):
+        tmp_path, capsys, monkeypatch):
     whole = train.sphere_encoder_loss
     calls = []
 
@@ -457,12 +396,8 @@ def test_a_loss_that_is_not_finite_stops_with_iteration_part_and_last_checkpoint
     with pytest.raises(SystemExit) as exit:
         main(["--out", str(tmp_path / "run"), *LONGER_FLAGS, "--log-every", "4"])
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        exit.value.code == 2
-        and "con_l1" in line
-        and "iteration 6" in line
-        and str(tmp_path / "run" / "last.pt") in line
-    )
+    assert exit.value.code == 2 and "con_l1" in line and "iteration 6" in line
+    assert str(tmp_path / "run" / "last.pt") in line
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
 
 
@@ -490,17 +425,8 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-FOLDER_FLAGS = [
-    "--preset",
-    "folder",
-    "--image-size",
-    "16",
-    "--perceptual",
-    "none",
-    "--weights",
-    "1,0,1,0,0.1",
-    *TINY_FLAGS,
-]
+FOLDER_FLAGS = ["--preset", "folder", "--image-size", "16", "--perceptual", "none",
+                "--weights", "1,0,1,0,0.1", *TINY_FLAGS]
 
 
 def test_any_folder_of_class_folders_trains_and_evaluates(folder, tmp_path, capsys):
@@ -553,19 +479,14 @@ def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
     for part, n in (("train", 20), ("t10k", 10)):
         images = np.full((n, 28, 28), 255, np.uint8)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(
-            struct.pack(">IIII", 0x803, n, 28, 28) + images.tobytes()
-        )
+            struct.pack(">IIII", 0x803, n, 28, 28) + images.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">II", 0x801, n) + (np.arange(n) % 10).astype(np.uint8).tobytes()
-        )
+            struct.pack(">II", 0x801, n) + (np.arange(n) % 10).astype(np.uint8).tobytes())
     data, held_out, names = load_data(replace(PRESETS["fashion-mnist"], data=str(tmp_path)))
     image, label = data[3]
     assert (len(data), len(held_out), label, names[9]) == (20, 10, 3, "Ankle boot")
-    assert (
-        image.shape == (3, 32, 32)
-        and (image[:, 2:30, 2:30] == 255).all()
-        and image.double().mean() == 255 * (28 / 32) ** 2
-    )
+    assert image.shape == (3, 32, 32) and (image[:, 2:30, 2:30] == 255).all()
+    assert image.double().mean() == 255 * (28 / 32) ** 2
 
 
 # ---- evaluation ----
@@ -598,49 +519,23 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
 # ---- bad input ----
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--preset", "cifar11"], "cifar11"),
-        (["--lr", "-1"], "-1"),
-        (["--lr", "fast"], "fast"),
-        (["--lr", "nan"], "nan"),
-        (["--batch-size", "0"], "0"),
-        (["--iterations", "0"], "0"),
-        (["--weights", "1,1"], "(1.0, 1.0)"),
-        (["--weights", "1,1,1,1,1"], "perceptual"),
-        (["--weights", "0,0,0,0,0"], "not all 0"),
-        (["--class-dropout", "1.5"], "1.5"),
-        (["--hard-prob", "2"], "2"),
-        (["--alpha-max", "90"], "90"),
-        (["--alpha-hard", "60"], "60"),
-        (["--ema", "-0.1"], "-0.1"),
-        (["--perceptual", "vgg"], "vgg"),
-        (["--encoder-size", "tiny"], "tiny"),
-        (["--encoder-size", "30,2,4"], "30"),
-        (["--patch-size", "5"], "5"),
-        (["--pixel-head", "cnn"], "cnn"),
-        (["--dataset", "mnist"], "mnist"),
-        (["--seed", "-1"], "-1"),
-        (["--device", "abacus"], "abacus"),
-        (["--preset", "folder", "--data", "nowhere"], "nowhere"),
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--resume"], "last.pt"),
-        (["--stratified", "--batch-size", "2"], "2"),
-        (["--checkpoint-every", "0"], "0"),
-        (["--clip", "inf"], "inf"),
-        (["--betas", "0.9"], "(0.9,)"),
-        (["--betas", "0.9,1"], "1.0"),
-        (["--evaluate", "nowhere.pt"], "drop --out"),
-        (["--workers", "-1"], "-1"),
-        (["--steps", "5000"], "--iterations"),
-        (["--count", "3"], "--count"),
-        (["--cfg", "2"], "--cfg"),
-        (["--encoder-size", "16,1"], "(16, 1)"),
-        (["--image-size", "1", "--patch-size", "1"], "pixel head"),
-        (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"),
-    ],
-)
+@pytest.mark.parametrize("options, named", [
+    (["--preset", "cifar11"], "cifar11"), (["--lr", "-1"], "-1"), (["--lr", "fast"], "fast"),
+    (["--lr", "nan"], "nan"), (["--batch-size", "0"], "0"), (["--iterations", "0"], "0"),
+    (["--weights", "1,1"], "(1.0, 1.0)"), (["--weights", "1,1,1,1,1"], "perceptual"),
+    (["--weights", "0,0,0,0,0"], "not all 0"), (["--class-dropout", "1.5"], "1.5"),
+    (["--hard-prob", "2"], "2"), (["--alpha-max", "90"], "90"), (["--alpha-hard", "60"], "60"),
+    (["--ema", "-0.1"], "-0.1"), (["--perceptual", "vgg"], "vgg"), (["--encoder-size", "tiny"], "tiny"),
+    (["--encoder-size", "30,2,4"], "30"), (["--patch-size", "5"], "5"), (["--pixel-head", "cnn"], "cnn"),
+    (["--dataset", "mnist"], "mnist"), (["--seed", "-1"], "-1"), (["--device", "abacus"], "abacus"),
+    (["--preset", "folder", "--data", "nowhere"], "nowhere"), (["--no-such-flag"], "--no-such-flag"),
+    (["--resume"], "last.pt"), (["--stratified", "--batch-size", "2"], "2"),
+    (["--checkpoint-every", "0"], "0"), (["--clip", "inf"], "inf"), (["--betas", "0.9"], "(0.9,)"),
+    (["--betas", "0.9,1"], "1.0"), (["--evaluate", "nowhere.pt"], "drop --out"), (["--workers", "-1"], "-1"),
+    (["--steps", "5000"], "--iterations"), (["--count", "3"], "--count"), (["--cfg", "2"], "--cfg"),
+    (["--encoder-size", "16,1"], "(16, 1)"), (["--image-size", "1", "--patch-size", "1"], "pixel head"),
+    (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"),
+])
 def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as exit:
@@ -649,20 +544,12 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--count", "1"], "--count"),
-        (["--steps", "0"], "steps"),
-        (["--cfg", "-1"], "cfg"),
-        (["--workers", "2"], "--workers"),
-        (["--resume"], "--resume"),
-        (["--lr", "1"], "--lr"),
-        (["--preset", "digits"], "--preset"),
-        (["--seed", "-1"], "-1"),
-        (["--evaluate", "nowhere.pt"], "nowhere.pt"),
-    ],
-)
+@pytest.mark.parametrize("options, named", [
+    (["--count", "1"], "--count"), (["--steps", "0"], "steps"), (["--cfg", "-1"], "cfg"),
+    (["--workers", "2"], "--workers"), (["--resume"], "--resume"), (["--lr", "1"], "--lr"),
+    (["--preset", "digits"], "--preset"), (["--seed", "-1"], "-1"),
+    (["--evaluate", "nowhere.pt"], "nowhere.pt"),
+])
 def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
         main(["--evaluate", str(trained), *options])
