@@ -264,7 +264,7 @@ def build_optimizer(model, preset):
 
 
 def learning_rate(preset, step):
-    """Linear warm-up, then a cosine that ends at min_lr with the last iteration.
+    """Linear warm-up, then a cosine that reaches min_lr at the end of the training.
 
     The official code ends its cosine `warmup` steps earlier and stays at min_lr; the paper does not say.
     """
