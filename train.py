@@ -727,7 +727,7 @@ def main(argv=None):
             kind = FIELD_TYPES[f.type]
             settings.add_argument(name, type=kind, help=text, metavar=kind.__name__)
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     changes = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
     try:
         judging = {"count", "steps", "cfg"}

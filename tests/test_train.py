@@ -502,6 +502,20 @@ def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
     assert rows["Fréchet distance"][2] == pytest.approx(3.01, abs=0.03) and rows["nearest"][2] == 1.0
 
 
+def test_guidance_reaches_the_samples_that_are_judged(trained):
+    plain, none, strong = (evaluate(trained, count=50, steps=(1,), cfg=cfg) for cfg in (1.0, 0.0, 3.0))
+    distances = [rows["Fréchet distance"]["1 step"] for rows in (plain, none, strong)]
+    assert len(set(distances)) == 3
+
+
+def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda path, **chosen: seen.append(chosen) or {})
+    main(["--evaluate", str(trained)])
+    main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d".split()])
+    assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d")]
+
+
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
     """The measures can fail: 'samples' that copy the training set are all near it, and judged right."""
     data = load_data(TINY)[0]
@@ -545,7 +559,8 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, 
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--count", "1"], "--count"), (["--steps", "0"], "steps"), (["--cfg", "-1"], "cfg"),
+    (["--count", "0"], "--count"), (["--count", "1"], "--count"), (["--steps", "0"], "steps"),
+    (["--cfg", "-1"], "cfg"),
     (["--workers", "2"], "--workers"), (["--resume"], "--resume"), (["--lr", "1"], "--lr"),
     (["--preset", "digits"], "--preset"), (["--seed", "-1"], "-1"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
