@@ -131,7 +131,11 @@ def load(path, device="cpu", ema=None):
     returns  SphereEncoder in eval mode, with `class_names` (one per class; empty if unconditional)
     Raises FileNotFoundError or ValueError, naming the path.
     """
-    checkpoint = read_checkpoint(path)
+    return build(read_checkpoint(path), path, ema).to(device)
+
+
+def build(checkpoint, path, ema=None):
+    """The model of a checkpoint that was read from a path; see load."""
     try:
         model = SphereEncoder(**checkpoint["config"])
         use_ema = checkpoint["use_ema"] if ema is None else ema
@@ -140,7 +144,7 @@ def load(path, device="cpu", ema=None):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights do not fit this version's SphereEncoder ({reason})") from None
     model.class_names = checkpoint["class_names"]
-    return model.to(device).eval()
+    return model.eval()
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -179,6 +183,10 @@ def picture(panels, row_names=None, captions=None):
             canvas.paste(enlarged, (x, y + caption_height))
         x0 += width + gap
     return canvas
+
+
+def steps_label(T):
+    return f"{T} step{'s' * (T > 1)}"
 
 
 def to_pil(x):
@@ -280,7 +288,7 @@ def draw_samples(args):
         shown.extend(x[:max(0, 256 - len(shown))])                            # a grid of more is not readable
 
     names = [*model.class_names, "null"] if K else [""]
-    title = f"{args.steps} step{'s' * (args.steps > 1)}, cfg {args.cfg:g}, seed {args.seed}"
+    title = f"{steps_label(args.steps)}, cfg {args.cfg:g}, seed {args.seed}"
     by_class = 1 < len(classes) <= 16                                    # then a row per class, else captions
     columns = min(len(shown), len(classes) if by_class else math.ceil(math.sqrt(len(shown))))
     white = [torch.ones_like(shown[0])] * (-len(shown) % columns)               # fills the last row

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from fid import frechet_distance, read_image, to_uint8
 from losses import WEIGHT_NAMES, lpips_vgg, sphere_encoder_loss
 from models import SphereEncoder
-from sample import Parser, generate, load, pick_device, picture, read_checkpoint, reconstruct
+from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
+                    steps_label)
 from spherify import uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
@@ -174,6 +175,11 @@ def image_folder(root, size):
         raise FileNotFoundError(f"{root}: {reason}; expected one sub-folder of images per class") from None
 
 
+def to_float(images, dtype=torch.float32):
+    """Images uint8 0..255 -> float in [-1, 1]."""
+    return images.to(dtype) / 127.5 - 1
+
+
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     """Yield, for every step, the data-set indices of a part of the global batch.
 
@@ -184,9 +190,10 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     for step in steps:
         batch = range(step * batch_size, (step + 1) * batch_size)
         places = [divmod(position, size) for position in batch[mine]]                        # (epoch, offset)
+        epochs = {epoch for epoch, _ in places}
         order = {epoch: order[epoch] if epoch in order else
-                 torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist() for epoch, _ in places}
-        yield [order[epoch][offset] for epoch, offset in places]
+                 torch.randperm(size, generator=seeded(seed, 0, epoch)) for epoch in epochs}
+        yield [order[epoch][offset].item() for epoch, offset in places]
 
 
 # ---- Randomness --------------------------------------------------------------------------------------------
@@ -364,7 +371,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                 drawn = {name: tensor[..., mine] for name, tensor in random_draws(preset, seed, step).items()}
                 e = gaussian(drawn.pop("e_seed"), model.latent_shape, device)                # [B, N, d]
                 drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
-                x = images.to(device, non_blocking=True).float() / 127.5 - 1                 # [B, 3, H, W]
+                x = to_float(images.to(device, non_blocking=True))                           # [B, 3, H, W]
                 x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
                 labels = labels.to(device, non_blocking=True)
                 y = torch.where(drawn["drop"], model.num_classes, labels)                    # [4, B]
@@ -588,9 +595,9 @@ def progress_picture(model, data, device, columns=5, rows=10):
     classes = targets.unique()[:rows].tolist()
     columns = min([columns] + [int((targets == c).sum()) for c in classes])
     chosen = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
-    x = (torch.stack([data[place][0] for place in chosen]).float() / 127.5 - 1).to(device)
+    x = to_float(torch.stack([data[place][0] for place in chosen])).to(device)
     y = torch.tensor(classes if model.num_classes else [0] * len(classes)).repeat_interleave(columns)
-    panels = {f"{T} step{'s' * (T > 1)}": generate(model, y, T) for T in (1, 2, 4)}
+    panels = {steps_label(T): generate(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     names = [model.class_names[c] for c in classes] if model.num_classes else None
     return picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}, names)
@@ -634,11 +641,11 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     preset = stored_preset(checkpoint, path)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
-        model = load(path, device)
+        model = build(checkpoint, path).to(device)
         with one_process_first():
             train_set, held_out, class_names = load_data(preset)
-        if class_names * preset.conditional != checkpoint["class_names"]:
-            raise ValueError(f"{path} was trained on the classes {checkpoint['class_names']}; "
+        if class_names * preset.conditional != model.class_names:
+            raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
         train_images, train_labels = stacked(train_set, limit)
         y = torch.arange(count) % max(model.num_classes, 1)
@@ -647,8 +654,7 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
             return {}
         grey = bool((train_images == train_images[:, :1]).all())
         real = pixel_features(train_images, grey)
-        columns = {f"{T} step{'s' * (T > 1)}": (pixel_features(images, grey), y)
-                   for T, images in samples.items()}
+        columns = {steps_label(T): (pixel_features(images, grey), y) for T, images in samples.items()}
         if held_out is not None:
             images, labels = stacked(held_out, limit)
             columns["real held-out"] = (pixel_features(images, grey), labels)
@@ -666,7 +672,7 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
         scale = nearest.get("real held-out")
         rows["nearest" if scale else "nearest (absolute)"] = {k: v / (scale or 1) for k, v in nearest.items()}
         if held_out is not None:
-            x = images.float() / 127.5 - 1
+            x = to_float(images)
             error = torch.cat([(reconstruct(model, part.to(device)).cpu() - part).square().mean((1, 2, 3))
                                for part in x.split(100)])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
@@ -695,7 +701,7 @@ def stacked(data, limit):
 
 def pixel_features(images, grey):
     """uint8 [n, 3, H, W] -> float64 [n, D], pixels in [-1, 1]; see evaluate."""
-    x = images.double() / 127.5 - 1
+    x = to_float(images, torch.float64)
     x = x.mean(1, keepdim=True) if grey else x
     return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
 

@@ -22,18 +22,22 @@ TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixe
               "--iterations 6 --warmup 2 --log-every 2 --checkpoint-every 4 --picture-every 0").split()
 
 
+def seeded_array(name, shape):
+    """The weights that the golden file gives to a parameter of this name."""
+    r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if len(shape) == 1:
+        r = 1 + 0.3 * r if "norm" in name and name.endswith("weight") else 0.3 * r
+    else:
+        r = r / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(r, np.float32))
+
+
 def with_seeded_weights(model):
     """Non-zero weights for every tensor, seeded by its name: at initialisation the gates and last layers are
-    zero, and nearly every claim about the network would hold vacuously. The recipe is that of the golden
-    file."""
+    zero, and nearly every claim about the network would hold vacuously."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(parameter.shape))
-            if parameter.ndim == 1:
-                r = 1 + 0.3 * r if "norm" in name and name.endswith("weight") else 0.3 * r
-            else:
-                r = r / np.sqrt(np.prod(parameter.shape[1:]))
-            parameter.data.copy_(torch.from_numpy(r))
+            parameter.data.copy_(seeded_array(name, tuple(parameter.shape)))
     return model.eval()
 
 

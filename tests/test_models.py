@@ -1,13 +1,12 @@
 import ast
 import math
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import ROOT, with_seeded_weights
+from conftest import ROOT, seeded_array, with_seeded_weights
 from models import SIZES, ConvHead, LinearHead, Mixer, SphereEncoder, apply_rope, rope_table, sincos_table
 from spherify import spherify
 
@@ -80,14 +79,8 @@ def golden_model(golden):
     weights = {}
     for line in golden["keys"]:
         name, shape = line.split(" ", 1)
-        shape = ast.literal_eval(shape)
-        r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-        if len(shape) == 1:
-            r = 1 + 0.3 * r if "norm" in name and name.endswith("weight") else 0.3 * r
-        else:
-            r = r / np.sqrt(np.prod(shape[1:]))
         ours = name.replace(".mix.", ".").replace("decoder.out.2.", "decoder.out.conv.")
-        weights[ours] = torch.from_numpy(np.asarray(r, np.float32))
+        weights[ours] = seeded_array(name, ast.literal_eval(shape))
     for name in ("encoder.pos_embed", "decoder.pos_embed"):
         weights[name] = model.get_parameter(name).data
     model.load_state_dict(weights)

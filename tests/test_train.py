@@ -59,6 +59,13 @@ def test_every_epoch_is_a_permutation_and_batches_need_no_history():
     assert len(next(batch_indices(3, 10, 7, range(1)))) == 10                # a batch may span several epochs
 
 
+def test_the_permutation_of_an_epoch_is_drawn_once(monkeypatch):
+    whole, calls = torch.randperm, []
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs))
+    list(batch_indices(10, 4, 7, range(25)))
+    assert len(calls) == 10
+
+
 def test_processes_share_the_global_batch():
     whole = list(batch_indices(10, 4, 7, range(9)))
     parts = [list(batch_indices(10, 4, 7, range(9), slice(2 * rank, 2 * rank + 2))) for rank in (0, 1)]
