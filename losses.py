@@ -5,13 +5,13 @@ which is what the weights of the released presets (25 and 50) are made for. Dist
 whatever autocast does; only the perceptual network may run in bf16.
 """
 
-import os
-import urllib.error
 import warnings
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from models import pretrained
 from spherify import add_noise, at_least_float32, spherify
 
 # The order of all weights.
@@ -95,25 +95,74 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def lpips_vgg(random_trunk=False):
-    """LPIPS with the VGG trunk, frozen: the perceptual distance of SE Sec. 2.3, from the package lpips.
+# ---- Perceptual distance -----------------------------------------------------------------------------------
 
-    random_trunk  use untrained trunk weights: no download, for tests only
-    returns       a module on two images in [-1, 1], at least 16 pixels wide and high, giving [B, 1, 1, 1]
-    Raises FileNotFoundError if the trunk's weights are neither cached nor to be downloaded.
+PERCEPTUAL = ("lpips-vgg", "lpips-convnext", "none")
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
+CONVNEXT_SMALL = "https://download.pytorch.org/models/convnext_small-0c510722.pth"
+
+
+def perceptual_distance(name, folder=None):
+    """The perceptual distance of SE Sec. 2.3, frozen: a callable on two images, one distance per image.
+
+    name     "lpips-vgg", the paper's; "lpips-convnext", the official code's; or "none"
+    folder   of the files vgg16-397923af.pth and convnext_small-0c510722.pth; None: torch.hub's cache, into
+             which they are downloaded
+    returns  a module: two [B, 3, H, W] in [-1, 1], at least 16 pixels wide and high -> B distances; or None
+    Raises FileNotFoundError or ValueError, naming the file, if weights are missing or damaged.
+    """
+    if name == "none":
+        return None
+    network = lpips_vgg(pretrained(VGG16, folder))
+    if name == "lpips-convnext":
+        network = LPIPSConvNeXt(network, pretrained(CONVNEXT_SMALL, folder))
+    return network.requires_grad_(False).eval()
+
+
+def lpips_vgg(vgg=None):
+    """LPIPS on VGG-16, from the package lpips, whose learned heads are the released system's, byte for byte.
+
+    vgg      state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random,
+             for tests
+    returns  a module: two [B, 3, H, W] in [-1, 1] -> [B, 1, 1, 1]
     """
     import lpips
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torchvision")  # lpips 0.1.4 uses its old argument names
-            network = lpips.LPIPS(net="vgg", pnet_rand=random_trunk, verbose=False)
-    except urllib.error.URLError as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
-        raise FileNotFoundError(
-            f"LPIPS needs torchvision's VGG16 weights and could not download them ({error.reason}); place "
-            f"https://download.pytorch.org/models/vgg16-397923af.pth at {place}, or train without it: "
-            f"--perceptual none --weights 1,0,1,0,0.1") from None
-    return network.requires_grad_(False).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision")      # lpips 0.1.4 uses its old argument names
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    if vgg is not None:
+        network.net.load_state_dict({f"{part}.{i}.{name}": vgg[f"features.{i}.{name}"]
+                                     for part, layers in network.net.named_children()
+                                     for i, layer in layers.named_children()
+                                     for name, _ in layer.named_parameters()})
+    # Under autocast the trunk runs in bf16, but differences of its features are taken in float32.
+    network.net.register_forward_hook(lambda _, x, features: features._make(map(at_least_float32, features)))
+    return network
+
+
+class LPIPSConvNeXt(nn.Module):
+    """(LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1, with which the official code trains; the paper names VGG.
+
+    lpips     lpips_vgg
+    convnext  state dict of torchvision's convnext_small; None leaves it random, for tests
+    """
+
+    def __init__(self, lpips, convnext=None):
+        super().__init__()
+        from torchvision.models import convnext_small
+        self.lpips, self.convnext = lpips, convnext_small()
+        if convnext is not None:
+            self.convnext.load_state_dict(convnext)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, a, b):
+        a_logits, b_logits = (self._logits(x).float() for x in (a, b))                             # [B, 1000]
+        return (self.lpips(a, b).flatten() + 0.1 * (a_logits - b_logits).square().mean(1)) / 1.1        # [B]
+
+    def _logits(self, x):
+        x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
+        return self.convnext((x - self.mean) / self.std)
 
 
 def _smooth_l1(a, b):

@@ -1,4 +1,4 @@
-"""Networks: the Sphere Encoder's ViT encoder and decoder with their MLP-Mixers. SE Sec. 2.4.
+"""Networks: the Sphere Encoder's ViT encoder and decoder with their MLP-Mixers, SE Sec. 2.4; their weights.
 
 What the paper leaves open (SwiGLU, RMSNorm, ReZero, inits, pixel heads) is as in the released system, and so
 are the parameters' names, but for those inside the Mixers' MLPs and the pixel heads.
@@ -8,9 +8,16 @@ are the parameters' names, but for those inside the Mixers' MLPs and the pixel h
     N = h w tokens, h = H / P, w = W / P        D  width of the transformer
 """
 
+import hashlib
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from spherify import angle_to_sigma, at_least_float32
 
@@ -110,6 +117,8 @@ class SphereEncoder(nn.Module):
 class ViT(nn.Module):
     """What encoder and decoder share: position table, class table, blocks and the modulated last layer."""
 
+    recompute = False       # activation checkpointing: keep only the blocks' inputs for the backward pass
+
     def __init__(self, grid, num_classes, size, out_dim):
         super().__init__()
         width, depth, heads = _size(size)
@@ -130,8 +139,16 @@ class ViT(nn.Module):
         """Embedded tokens [B, N, D] and class vectors [B, 1, D] -> tokens [B, N, out_dim]."""
         x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x, c, self.rope)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, self.rope, use_reentrant=False)
+            else:
+                x = block(x, c, self.rope)
         return self.ffn(x, c)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A table that the model computes need not stand in a file.
+        state_dict.setdefault(prefix + "pos_embed", self.pos_embed.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initialize(self):
         """Inits of the released system: Xavier, and zero where a layer must begin as the identity."""
@@ -399,3 +416,149 @@ def _size(size):
         raise ValueError(f"a size must be (width, depth, heads), all positive, width a multiple of 4 heads; "
                          f"got {size}")
     return size
+
+
+# ---- Released weights --------------------------------------------------------------------------------------
+
+
+def convert_official(state_dict):
+    """Weights of the released Sphere Encoder -> a state dict for our SphereEncoder of the same sizes.
+
+    state_dict  {name: tensor}, the "model" or "ema_model" of a released checkpoint
+    returns     {name: tensor} with our names, in float32
+
+    Dropped: the prefixes of wrappers (DDP, torch.compile, checkpointing) and RoPE buffers. A given pos_embed
+    must equal the table that the model computes, to 1e-5; an absent one is no error. Tensors on the meta
+    device are converted by name and shape alone.
+    Raises ValueError naming every key that is unknown, missing, of another shape or not of floats. The sizes
+    are read off the weights: that they are those of your model, only loading them can tell.
+    """
+    weights, problems = {}, {}
+    for name, tensor in state_dict.items():
+        short = re.sub(r"(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module)\.", "", name)
+        if short in ("encoder.rope", "decoder.rope"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            problems[short] = f"holds no floats but {getattr(tensor, 'dtype', type(tensor).__name__)}"
+        elif short in weights:
+            problems[short] = "is given twice"
+        else:
+            is_gate = re.search(r"\.alpha[12]$", short) and tensor.ndim == 0             # as in older files
+            weights[short] = tensor.float().reshape(1) if is_gate else tensor.float()
+
+    model = _model_of(weights)
+    expected = {_official_name(name, model): (name, tensor.shape)
+                for name, tensor in model.state_dict().items()}
+    for name in expected.keys() - weights.keys() - problems.keys():
+        if not name.endswith("pos_embed"):
+            problems[name] = "is missing"
+    for name, tensor in weights.items():
+        if name not in expected:
+            problems[name] = "is unknown"
+        elif tensor.shape != expected[name][1]:
+            problems[name] = f"is {list(tensor.shape)} instead of {list(expected[name][1])}"
+        elif name.endswith("pos_embed") and not tensor.is_meta and not _is_sincos(tensor[0]):
+            problems[name] = "is not the sin-cos table"
+    if problems:
+        missing_last = sorted(problems.items(), key=lambda item: (item[1] == "is missing", item))
+        named = [f"{name} {problem}" for name, problem in missing_last]
+        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+        raise ValueError(f"not the weights of a released Sphere Encoder: {', '.join(named[:10])}{more}")
+    return {expected[name][0]: tensor for name, tensor in weights.items()}
+
+
+def convert_official_config(cfg):
+    """The dictionary in a released cfg.json -> keyword arguments of SphereEncoder.
+
+    Raises ValueError for a missing key, and for options of the official code that its paper does not use.
+    """
+    unused = {"affine_latent_mlp_mixer": True, "in_context_size": 0, "halve_model_size": False,
+              "spherify_model": False}
+    for key, value in unused.items():
+        if cfg.get(key, value) != value:
+            raise ValueError(f"{key} must be {value}, got {cfg[key]}")
+    try:
+        depth = cfg["vit_enc_latent_mlp_mixer_depth"]
+        if depth != cfg["vit_dec_latent_mlp_mixer_depth"]:
+            raise ValueError(f"mixers of encoder and decoder must be equally deep, got {depth} and "
+                             f"{cfg['vit_dec_latent_mlp_mixer_depth']}")
+        return dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"],
+                    latent_dim=cfg["token_channels"],
+                    num_classes=cfg["num_classes"] if cfg["cond_generator"] else 0,
+                    encoder_size=cfg["vit_enc_model_size"], decoder_size=cfg["vit_dec_model_size"],
+                    mixer_depth=depth, pixel_head=cfg["pixel_head_type"],
+                    alpha_max=float(cfg["noise_sigma_max_angle"]))
+    except KeyError as error:
+        raise ValueError(f"its key {error} is missing") from None
+
+
+def pretrained(url, folder=None):
+    """State dict of a published network, from a folder of files or from torch.hub's cache.
+
+    url      its file name ends in -HASH.pth, the first digits of the file's SHA-256, which are checked
+    Raises FileNotFoundError that says which file to place where, ValueError if the file is another.
+    """
+    name = url.rsplit("/", 1)[1]
+    path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
+    if not folder and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path)
+        except OSError as error:
+            raise FileNotFoundError(f"{path} is missing and could not be downloaded "
+                                    f"({getattr(error, 'reason', error)}); place {url} there") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; place {url} there")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(name.rsplit("-", 1)[1].removesuffix(".pth")):
+        raise ValueError(f"{path} is damaged (SHA-256 {digest.hexdigest()[:8]}...); replace it by {url}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _official_name(name, model):
+    """Our name of a weight -> the released one; they differ inside the Mixers' MLPs and the pixel heads."""
+    name = re.sub(r"(tok|chn)_mixer\.", r"\1_mixer.mix.", name)
+    name = name.replace("out.conv.", "out.2.").replace("out.upsample.", "out.4.")
+    if model.config["mixer_depth"] == 0:
+        name = name.replace("decoder.x_embedder.0.", "decoder.x_embedder.")
+    return name
+
+
+def _model_of(weights):
+    """The SphereEncoder, on the meta device, that weights under released names fit.
+
+    Every size is what most of the tensors that show it say, so that a single wrong one is found as wrong.
+    """
+    def size(*witnesses):
+        votes = Counter(tensor.shape[dim] for pattern, dim in witnesses for name, tensor in weights.items()
+                        if re.match(pattern, name) and -tensor.ndim <= dim < tensor.ndim)
+        return votes.most_common(1)[0][0] if votes else 4          # any size will do to list what is missing
+
+    def depth(prefix):
+        return len({match[1] for name in weights if (match := re.match(prefix + r"\.blocks\.(\d+)\.", name))})
+
+    patch_size = size((r"encoder\.x_embedder\.0\.", 2), (r"encoder\.x_embedder\.0\.", 3))
+    tokens = size((r".*\.pos_embed", 1), (r".*\.tok_mixer\.", 0))
+    rows = max(h for h in range(1, math.isqrt(tokens) + 1) if tokens % h == 0)
+    conditional = any("adaLN_modulation" in name for name in weights)
+    encoder_size, decoder_size = ((size((rf"{network}\.blocks\.", -1)), max(1, depth(network)), 1)
+                                  for network in ("encoder", "decoder"))
+    with torch.device("meta"):
+        return SphereEncoder(
+            (rows * patch_size, tokens // rows * patch_size), patch_size,
+            latent_dim=size((r"encoder\.ffn\.linear\.", 0), (r"decoder\.x_embedder\.(0\.)?weight", 1),
+                            (r"encoder\.out\..*norm", 0)),
+            num_classes=size((r".*\.y_embedder\.", 0)) - 1 if conditional else 0,
+            encoder_size=encoder_size, decoder_size=decoder_size,
+            mixer_depth=max(depth(r"encoder\.out"), depth(r"decoder\.x_embedder\.1")),
+            pixel_head="conv" if any("decoder.out.4" in name for name in weights) else "linear")
+
+
+def _is_sincos(table):
+    """Whether table [N, D] is the sin-cos table of any grid of N tokens."""
+    N, width = table.shape
+    return any((sincos_table((h, N // h), width) - table).abs().max() <= 1e-5
+               for h in range(1, N + 1) if N % h == 0)

@@ -5,7 +5,9 @@
 """
 
 import argparse
+import json
 import math
+import os
 import pickle
 import sys
 import zipfile
@@ -16,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fid import to_uint8
-from models import SphereEncoder
+from models import SphereEncoder, convert_official, convert_official_config
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 
 POSITIONS = ("encoder", "decoder", "combo")
@@ -26,7 +28,7 @@ CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "
 
 @torch.no_grad()
 def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", seed=0,
-             first=0, e=None):
+             first=0, e=None, official=False):
     """Images from random points of the sphere, in T steps. SE Alg. 1.
 
     model     SphereEncoder
@@ -36,11 +38,13 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     alpha     degrees, angle of the largest noise; None is the model's own, that of its training
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
     shared    one noise vector per image for all steps, the first included (the paper's best), or a fresh one
-              at every step. The official code shares steps 2..T only
+              at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE
               App. C.1
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
-    e         [B, N, d] noise in place of the seeded one; [T, B, N, d] if not shared
+    e         [B, N, d] noise in place of the seeded one; one of these per draw, stacked, if there are several
+    official  as the official code, where it departs from the paper: shared noise is shared by steps 2..T only
+              (two draws), and a decay of gamma 1 ends at 1 / T
     returns   [B, 3, H, W] in [-1, 1], on the model's device
 
     Raises ValueError for a class, step count, scale, angle, seed or noise out of range.
@@ -52,13 +56,14 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
         raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
     s_encoder, s_decoder = _guidance_scales(cfg, position, conditional=K > 0)
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
-    r = step_schedule(steps, gamma)
+    r = step_schedule(steps, gamma, official)
+    draws = min(steps, 2 if official else 1) if shared else steps
     if e is None:
-        e = sample_noise(seed, first, len(y), model.latent_shape, draws=1 if shared else steps)
-    e = (e[None] if e.ndim == 3 else e).to(device)                                         # [1 or T, B, N, d]
-    if e.shape != (1 if shared else steps, len(y), *model.latent_shape):
-        raise ValueError(f"e must be [{len(y)}, {model.latent_shape[0]}, {model.latent_shape[1]}] if shared, "
-                         f"with {steps} of these in front if not; got {list(e.shape)}")
+        e = sample_noise(seed, first, len(y), model.latent_shape, draws)
+    e = (e[None] if e.ndim == 3 else e).to(device)                                         # [draws, B, N, d]
+    expected = [draws, len(y), *model.latent_shape]
+    if list(e.shape) != expected:
+        raise ValueError(f"e must be {expected[draws == 1:]}, got {list(e.shape)}")
 
     def guided(network, inputs, s):
         output = network(inputs, y)
@@ -71,7 +76,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     x = guided(model.decode, v, s_decoder).clamp(-1, 1)     # the clamp after guidance is the official code's
     for t in range(2, steps + 1):
         z = guided(model.encode, x, s_encoder)
-        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[0 if shared else t - 1])
+        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[min(t, draws) - 1])
         x = guided(model.decode, v, s_decoder).clamp(-1, 1)
     return x
 
@@ -105,46 +110,95 @@ def read_checkpoint(path):
 
     Raises FileNotFoundError or ValueError, naming the path, if it is missing, damaged or not such a file.
     """
+    checkpoint = _read(path)
+    whole = isinstance(checkpoint, dict) and CHECKPOINT_KEYS <= checkpoint.keys()
+    if not whole or checkpoint["kind"] != "sphere-encoder":
+        raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py (one of the "
+                         f"official code needs its cfg.json: --config)")
+    return checkpoint
+
+
+def save_checkpoint(path, checkpoint):
+    """Write beside, flush to disk, read back, rename: at every moment a whole checkpoint bears the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    read_checkpoint(beside)                             # checks what stands on the disk
+    os.replace(beside, path)
+
+
+def load(path, device="cpu", ema=None, config=None):
+    """The model of a checkpoint, rebuilt from the file alone.
+
+    path     written by train.py
+    ema      use the averaged weights or the plain ones; None is the choice stored in the checkpoint
+    config   cfg.json, if the checkpoint is one of the official code; then None means the plain weights, with
+             which the official code samples
+    returns  SphereEncoder in eval mode, with `class_names` (one per class; empty if unconditional)
+    Raises FileNotFoundError or ValueError, naming the path.
+    """
+    model = build_official(path, config, ema) if config else build(read_checkpoint(path), path, ema)
+    return model.to(device)
+
+
+def build(checkpoint, path, ema=None):
+    """The model of a checkpoint that was read from a path; see load."""
+    return _assembled(path, checkpoint["config"],
+                      checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"],
+                      checkpoint["class_names"])
+
+
+def build_official(path, config, ema=None):
+    """The model of a checkpoint of the official code; see load."""
+    try:
+        cfg = json.loads(Path(config).read_text())
+        arguments = convert_official_config(cfg)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{config}: no such file; --config names the cfg.json that stands beside the "
+                                f"checkpoint's folder") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{config}: not a cfg.json of the official code ({error})") from None
+    checkpoint = _read(path)
+    wanted = "ema_model" if ema else "model"
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(wanted), dict):
+        raise ValueError(f"{path}: not a checkpoint of the official code, it holds no weights {wanted!r}")
+    try:
+        weights = convert_official(checkpoint[wanted])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _assembled(path, arguments, weights, [str(k) for k in range(arguments["num_classes"])])
+
+
+def _assembled(path, arguments, weights, class_names):
+    try:
+        model = SphereEncoder(**arguments)
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit the model that its settings describe "
+                         f"({reason})") from None
+    model.class_names = class_names
+    return model.eval()
+
+
+def _read(path):
+    """What torch.save wrote into a file; see read_checkpoint."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train one with train.py, or correct the path")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()                 # torch.load does not look at the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
     if damaged:
         raise ValueError(f"{path}: damaged, {damaged} in it fails its checksum; use another copy")
-    whole = isinstance(checkpoint, dict) and CHECKPOINT_KEYS <= checkpoint.keys()
-    if not whole or checkpoint["kind"] != "sphere-encoder":
-        raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py")
-    return checkpoint
-
-
-def load(path, device="cpu", ema=None):
-    """The model of a checkpoint, rebuilt from the file alone.
-
-    path     written by train.py
-    ema      use the averaged weights or the plain ones; None is the choice stored in the checkpoint
-    returns  SphereEncoder in eval mode, with `class_names` (one per class; empty if unconditional)
-    Raises FileNotFoundError or ValueError, naming the path.
-    """
-    return build(read_checkpoint(path), path, ema).to(device)
-
-
-def build(checkpoint, path, ema=None):
-    """The model of a checkpoint that was read from a path; see load."""
-    try:
-        model = SphereEncoder(**checkpoint["config"])
-        use_ema = checkpoint["use_ema"] if ema is None else ema
-        model.load_state_dict(checkpoint["ema" if use_ema else "model"])
-    except (TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit this version's SphereEncoder ({reason})") from None
-    model.class_names = checkpoint["class_names"]
-    return model.eval()
+    return content
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -227,6 +281,7 @@ def main(argv=None):
     what = parser.add_argument_group("what to draw")
     what.add_argument("--checkpoint", default="out/digits/last.pt",
                       help="written by train.py (default %(default)s)")
+    what.add_argument("--config", help="cfg.json of the official code, for a checkpoint of its own")
     what.add_argument("--count", type=int, default=80, help="number of images (default %(default)s)")
     what.add_argument("--classes", type=class_list,
                       help="classes in turn, e.g. 3,5; K is the null class (default all)")
@@ -240,6 +295,8 @@ def main(argv=None):
     how.add_argument("--gamma", type=float, default=0.0,
                      help="decay of the noise, Eq. 13; 0 = fixed (default %(default)s)")
     how.add_argument("--fresh", action="store_true", help="fresh noise at every step instead of the same one")
+    how.add_argument("--official", action="store_true",
+                     help="share noise from step 2 on, end the decay at 1/T: as the official code does")
     how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: the training's)")
     how.add_argument("--ema", action=argparse.BooleanOptionalAction,
                      help="averaged weights (default as the preset says)")
@@ -265,7 +322,7 @@ def draw_samples(args):
     grid = out / "samples.png"
     if grid.exists() or (args.singles and any(out.glob("[0-9]*.png"))):
         raise ValueError(f"{out} already holds samples; choose another --out, or remove them")
-    model = load(args.checkpoint, pick_device(args.device), args.ema)
+    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
     K = model.num_classes
     if args.classes and not K:
         raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
@@ -280,7 +337,7 @@ def draw_samples(args):
     for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
         x = generate(model, y[start:start + args.batch_size], args.steps, args.cfg, alpha=args.alpha,
                      gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed,
-                     first=start).cpu()
+                     first=start, official=args.official).cpu()
         out.mkdir(parents=True, exist_ok=True)          # only now: a bad option leaves no folder behind
         if args.singles:
             for k, image in enumerate(x):

@@ -86,7 +86,8 @@ def sigma_to_angle(sigma):
     return math.degrees(math.atan(sigma))
 
 
-def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=False, generator=None):
+def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=False, generator=None,
+                   official_hard=False):
     """Noise magnitudes of the Sphere Encoder. SE Eq. 5-6, App. C.2.
 
     batch       number of samples B
@@ -97,6 +98,10 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=
     stratified  spread r (and s below) over the batch as the official code does: B - 2 equal strata with one
                 draw each, one exact 0 and one exact 1, in random order; needs B >= 3
     generator   torch.Generator on the CPU, or None for the global one
+    official_hard
+                draw hard cases as the official code does: the number that fell below hard_prob also sets the
+                magnitude, so that only the lowest tenth of the band is reached (80.9 of 85 degrees), and
+                sigma_sub is s times the sigma that the hard one replaces
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; sigma_sub = s sigma with s ~ U[0, 0.5]
 
     Raises ValueError for angles outside [0, 90), alpha_hard below alpha_max, hard_prob outside [0, 1].
@@ -107,15 +112,15 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=
     draw = _stratified if stratified else _uniform
     sigma = draw(batch, generator) * sigma_max
     s = 0.5 * draw(batch, generator)
-    if alpha_hard is not None:
-        sigma_hard = angle_to_sigma(alpha_hard)
-        if sigma_hard < sigma_max:
-            raise ValueError(f"alpha_hard must be at least alpha_max = {alpha_max}, got {alpha_hard}")
-        hard = _uniform(batch, generator) < hard_prob
-        # A draw of its own: the official code reuses the one that decided "hard" and so reaches only the
-        # lowest tenth of the band (80.9 of 85 degrees).
-        sigma = torch.where(hard, sigma_max + _uniform(batch, generator) * (sigma_hard - sigma_max), sigma)
-    return sigma, s * sigma
+    if alpha_hard is None:
+        return sigma, s * sigma
+    sigma_hard = angle_to_sigma(alpha_hard)
+    if sigma_hard < sigma_max:
+        raise ValueError(f"alpha_hard must be at least alpha_max = {alpha_max}, got {alpha_hard}")
+    decides = _uniform(batch, generator)
+    within = decides if official_hard else _uniform(batch, generator)                # place in the hard band
+    mixed = torch.where(decides < hard_prob, sigma_max + within * (sigma_hard - sigma_max), sigma)
+    return mixed, s * (sigma if official_hard else mixed)
 
 
 def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, generator=None):
@@ -138,11 +143,12 @@ def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, generator=None):
     return r.amax(0) * sigma_max, r.amin(0) * sigma_max
 
 
-def step_schedule(steps, gamma):
+def step_schedule(steps, gamma, official=False):
     """Relative noise strength r of steps 2..T of few-step generation. SE Eq. 13.
 
     steps    T, at least 1; the first step has no entry, since it decodes pure noise
     gamma    decay rate, at least 0; 0 keeps r = 1 (the paper's best), 1 falls linearly to 0 at step T
+    official at gamma 1 fall to 1 / T instead, as the official code does (which knows only gamma 0 and 1)
     returns  [T - 1]  float32
     Raises ValueError for steps < 1 or gamma < 0.
     """
@@ -150,7 +156,7 @@ def step_schedule(steps, gamma):
         raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
-    r = [(1 - (t - 1) / (steps - 1)) ** gamma for t in range(2, steps + 1)]
+    r = [(1 - (t - 1) / (steps if official else steps - 1)) ** gamma for t in range(2, steps + 1)]
     return torch.tensor(r, dtype=torch.float32)
 
 

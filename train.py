@@ -24,14 +24,15 @@ import torch
 from numpy.random import SeedSequence
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fid import frechet_distance, read_image, to_uint8
-from losses import WEIGHT_NAMES, lpips_vgg, sphere_encoder_loss
+from losses import PERCEPTUAL, WEIGHT_NAMES, perceptual_distance, sphere_encoder_loss
 from models import SphereEncoder
 from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
-                    steps_label)
+                    save_checkpoint, steps_label)
 from spherify import uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
@@ -46,12 +47,13 @@ def option(default, help, low=None, high=math.inf):
 class Preset:
     """Everything that a result depends on but the seed. Every field is a command-line option of its name.
 
-    Angles, class dropout and Mixer depth are the paper's (Sec. 2.4, C.2). Loss weights, batch, learning
-    rates, betas, clipping, EMA and the use of plain weights are those of the released CIFAR-10 script (the
-    paper's Table 16 is not in our text). Image, patch and model size, length, warm-up and intervals are ours.
+    Defaults: class dropout and share of hard cases are the paper's (Sec. 2.4, C.2); batch, optimizer, rates,
+    clipping, EMA and the use of plain weights the official code's (the paper's Table 16 is not in our text);
+    what a preset below does not set, and intervals, are ours.
     """
 
-    dataset: str = option("folder", "digits, fashion-mnist, or folder (class folders of images)")
+    dataset: str = option("folder", "digits, fashion-mnist, cifar10, flowers102, animal-faces, imagenet, or "
+                                    "folder (class folders of images)")
     data: str = option("data", "folder with the data set's files; digits needs none")
     image_size: int = option(64, "pixels, height and width", 1)
     flip: bool = option(True, "mirror images at random, probability 0.5")
@@ -68,28 +70,58 @@ class Preset:
     alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases")
     hard_prob: float = option(0.1, "share of hard cases; 0 = off", 0, 1)
     stratified: bool = option(False, "spread the noise magnitudes over the global batch")
+    official_hard: bool = option(False, "draw hard cases as the official code does, from a narrow band")
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
-    perceptual: str = option("lpips-vgg", "perceptual distance: lpips-vgg or none")
+    perceptual: str = option("lpips-vgg", f"perceptual distance: {', '.join(PERCEPTUAL)}")
     class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
-    batch_size: int = option(256, "images per iteration, over all processes", 1)
-    iterations: int = option(100_000, "length of the training", 1)
-    lr: float = option(1e-4, "peak learning rate of the decoder", 0)
-    min_lr: float = option(1e-6, "learning rate at the end of the cosine", 0)
-    warmup: int = option(1000, "iterations of linear warm-up", 0)
+    batch_size: int = option(256, "images per iteration, over all processes and micro-batches", 1)
+    epochs: float = option(0, "length of the training; 0 = as --iterations says", 0)
+    iterations: int = option(0, "length of the training; 0 = as --epochs says", 0)
+    lr: float = option(1e-4, "peak learning rate of the decoder, for a batch of --lr-batch", 0)
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine, for a batch of --lr-batch", 0)
+    lr_batch: int = option(256, "batch for which the rates are given; they scale linearly with the batch", 1)
+    warmup: float = option(0.01, "share of the training with linear warm-up", 0, 1)
     encoder_lr_scale: float = option(0.1, "learning rate of the encoder, as a factor", 0)
     betas: tuple = option((0.9, 0.95), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW, on matrices only", 0)
     clip: float = option(1.0, "largest norm of the gradient; 0 = off", 0)
     ema: float = option(0.9997, "largest decay of the averaged weights, which begins lower", 0, 1)
     use_ema: bool = option(False, "sample with the averaged weights")
+    precision: str = option("auto", "bf16 (autocast, but geometry and losses in float32), float32, or auto: "
+                                    "bf16 on a GPU")
 
     log_every: int = option(50, "iterations between lines of log.jsonl", 1)
     checkpoint_every: int = option(1000, "iterations between checkpoints", 1)
     picture_every: int = option(5000, "iterations between pictures; 0 = only at the end", 0)
 
 
+CIFAR10 = Preset(
+    dataset="cifar10", image_size=32, patch_size=2, latent_dim=8,           # paper Sec. 3.1: L = 16 x 16 x 8
+    encoder_size="large", decoder_size="large",                             # paper Sec. 3.1
+    mixer_depth=2, pixel_head="conv",                                       # script; paper: 4 layers, no head
+    alpha_max=80.0, alpha_hard=85.0,                                        # paper C.2
+    weights=(1.0, 1.0, 0.5, 0.5, 0.1),                                      # script
+    epochs=5000, warmup=10 / 5000)                                          # paper Sec. 3.1; script
+AT_256 = Preset(
+    image_size=256, patch_size=8, encoder_size="large", decoder_size="large",       # paper Sec. 3.2, Table 5
+    mixer_depth=4, pixel_head="linear",                                     # paper Sec. 2.4; script
+    alpha_max=85.0, alpha_hard=89.0)                                        # paper Sec. 6, C.2
+ANIMAL_FACES = replace(
+    AT_256, dataset="animal-faces", data="data/afhq", conditional=False,    # paper Sec. 3.2
+    latent_dim=128, epochs=1000,                                            # paper Sec. 3.2: L = 32^2 x 128
+    weights=(25.0, 1.0, 1.0, 1.0, 0.1), warmup=10 / 1000)                   # script
+FLOWERS102 = replace(
+    AT_256, dataset="flowers102", latent_dim=128, epochs=1000,              # paper Sec. 3.2
+    weights=(25.0, 1.0, 1.0, 1.0, 0.1), warmup=10 / 1000)                   # script
+IMAGENET = replace(
+    AT_256, dataset="imagenet", data="data/imagenet",
+    latent_dim=64, epochs=800,                                              # paper Sec. 3.2: L = 32^2 x 64
+    weights=(50.0, 1.0, 25.0, 1.0, 0.1), warmup=5 / 800)                    # script
+BASE = {"encoder_size": "base", "decoder_size": "base"}
+
+# "paper": arXiv 2602.15030. "script": what the official code's scripts and defaults set.
 PRESETS = {
     # Real 8x8 digits shown at 16x16. Sizes, rates and the weight of lat_con are ours, for minutes on a
     # laptop; the encoder is smaller than the decoder, because that leaves time for more iterations.
@@ -97,82 +129,136 @@ PRESETS = {
         dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16,
         encoder_size=(64, 1, 4), decoder_size=(96, 3, 4), mixer_depth=2,
         weights=(1.0, 0.0, 1.0, 0.0, 0.02), perceptual="none",
-        batch_size=32, iterations=2200, lr=4e-3, min_lr=1e-5, warmup=50, encoder_lr_scale=1.0,
-        ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
+        batch_size=32, iterations=2200, lr=4e-3, min_lr=1e-5, lr_batch=32, warmup=50 / 2200,
+        encoder_lr_scale=1.0, ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
+    # 28x28 clothes in a frame of 32x32, unmirrored since all shoes point left; ours, for an hour on 2 cores.
     "fashion-mnist": Preset(
-        dataset="fashion-mnist", image_size=32, patch_size=4, latent_dim=32,
-        encoder_size=(192, 6, 6), decoder_size=(192, 6, 6), weights=(1.0, 0.0, 1.0, 0.0, 0.1),
-        perceptual="none", batch_size=128, iterations=20_000, lr=1e-3, warmup=500, encoder_lr_scale=1.0,
-        ema=0.999, use_ema=True),
-    "folder": Preset(),
+        dataset="fashion-mnist", image_size=32, flip=False, patch_size=4, latent_dim=16,
+        encoder_size=(64, 2, 4), decoder_size=(128, 4, 4), mixer_depth=2,
+        weights=(1.0, 0.0, 1.0, 0.0, 0.02), perceptual="none",
+        batch_size=32, iterations=12_000, lr=2e-3, min_lr=1e-5, lr_batch=32, warmup=100 / 12_000,
+        encoder_lr_scale=1.0, ema=0.999, use_ema=True),
+    "cifar10": CIFAR10,
+    "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=10 / 10_000),   # paper App. D
+    "animal-faces": ANIMAL_FACES,
+    "flowers102": FLOWERS102,
+    "imagenet-l": IMAGENET,
+    "imagenet-xl": replace(IMAGENET, encoder_size="xlarge", decoder_size="xlarge"),          # paper Sec. 3.2
+    # The model of the paper's ablations, Sec. 6: L = 16^2 x 256. Assumed to share all else with imagenet-l.
+    "imagenet-ablation": replace(IMAGENET, patch_size=16, latent_dim=256, epochs=200, warmup=5 / 200, **BASE),
+    # What the official scripts train as they stand: base models, where the paper's are large.
+    "cifar10-base": replace(CIFAR10, **BASE),
+    "animal-faces-base": replace(ANIMAL_FACES, **BASE),
+    "flowers102-base": replace(FLOWERS102, **BASE),
+    "imagenet-base": replace(IMAGENET, **BASE),
+    # Any folder of class folders; all of it ours.
+    "folder": Preset(iterations=100_000),
 }
 
+
+def total_iterations(preset, images):
+    """Length of a training on so many images."""
+    return preset.iterations or math.ceil(preset.epochs * images / preset.batch_size)
+
+
 # ---- Data --------------------------------------------------------------------------------------------------
+
+# Number of classes, and what --data must hold.
+DATASETS = {
+    "digits": (10, ""),
+    "fashion-mnist": (10, "FashionMNIST/raw/ with the four unpacked files train-images-idx3-ubyte ... "
+                          "(Debian: package dataset-fashion-mnist)"),
+    "cifar10": (10, "cifar-10-batches-py/, from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "flowers102": (102, "flowers-102/ with jpg/, imagelabels.mat and setid.mat, from "
+                        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
+    "animal-faces": (3, "AFHQ's train/ and val/ (or test/), each with cat/, dog/ and wild/"),
+    "imagenet": (1000, "train/ and val/, each with 1,000 folders of images, one per class"),
+    "folder": (10, "one sub-folder of images per class, or train/ and val/ (or test/) of that form"),
+}
 
 
 def load_data(preset):
     """Training set, held-out set (None if the data set has none) and class names of a preset.
 
     The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3
-    channels.
+    channels. As in the paper, Flowers-102 and Animal-Faces train on all their images.
     Raises ValueError or FileNotFoundError that says what to put where.
     """
-    S, root = preset.image_size, Path(preset.data)
-    if preset.dataset == "digits":
+    if preset.dataset not in DATASETS:
+        raise ValueError(f"--dataset must be one of {', '.join(DATASETS)}, got {preset.dataset!r}")
+    try:
+        return _load_data(preset.dataset, Path(preset.data), preset.image_size)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{preset.data}: {preset.dataset} is not there ({reason}); --data must name "
+                                f"a folder that holds {DATASETS[preset.dataset][1]}") from None
+
+
+def _load_data(dataset, root, S):
+    if dataset == "digits":
         from sklearn.datasets import load_digits
         digits = load_digits()
-        images = torch.from_numpy(digits.images).float() / 16                                  # 1,797 x 8 x 8
+        images = torch.from_numpy(digits.images).float()[:, None] / 16                     # [1797, 1, 8, 8]
         train, held_out = (in_memory(images[part], digits.target[part], S)
                            for part in (slice(1500), slice(1500, None)))
         return train, held_out, [str(name) for name in digits.target_names]
-    if preset.dataset == "fashion-mnist":
+    if dataset == "fashion-mnist":
         from torchvision.datasets import FashionMNIST
-        try:
-            parts = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"{root}: Fashion-MNIST is not there and could not be downloaded "
-                f"({str(error).splitlines()[0]}); put the four unpacked files train-images-idx3-ubyte ... "
-                f"into {root / 'FashionMNIST' / 'raw'} (Debian: package dataset-fashion-mnist)") from None
-        train, held_out = (in_memory(F.pad(part.data.float() / 255, (2, 2, 2, 2)), part.targets, S)
+        parts = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
+        train, held_out = (in_memory(F.pad(part.data.float()[:, None] / 255, (2, 2, 2, 2)), part.targets, S)
                            for part in parts)
         return train, held_out, parts[0].classes
-    if preset.dataset == "folder":
-        train = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / name for name in ("val", "test")
-                         if train != root and (root / name).is_dir()), None)
-        train = image_folder(train, S)
-        held_out = image_folder(held_out, S) if held_out else None
-        if held_out and held_out.classes != train.classes:
-            raise ValueError(f"{held_out.root}: its class folders differ from those of {train.root}")
-        return train, held_out, train.classes
-    raise ValueError(f"--dataset must be digits, fashion-mnist or folder, got {preset.dataset!r}")
+    if dataset == "cifar10":
+        from torchvision.datasets import CIFAR10
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+        train, held_out = (in_memory(torch.from_numpy(part.data).permute(0, 3, 1, 2) / 255, part.targets, S)
+                           for part in parts)
+        return train, held_out, parts[0].classes
+    if dataset == "flowers102":
+        from scipy.io import loadmat
+        from torchvision.datasets import Flowers102
+        Flowers102(root, download=True)
+        folder = root / "flowers-102"
+        labels = loadmat(folder / "imagelabels.mat")["labels"][0].tolist()                          # 1..102
+        files = [(folder / "jpg" / f"image_{i:05d}.jpg", label - 1) for i, label in enumerate(labels, 1)]
+        return ImageFiles(files, S), None, [str(k) for k in range(1, 103)]
+
+    from torchvision.datasets import ImageFolder
+    train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
+    held_out = next((ImageFolder(root / name) for name in ("val", "test")
+                     if (root / "train").is_dir() and (root / name).is_dir()), None)
+    if held_out and held_out.classes != train.classes:
+        raise ValueError(f"{held_out.root}: its class folders differ from those of {train.root}")
+    if dataset == "animal-faces":
+        return ImageFiles(train.samples + (held_out.samples if held_out else []), S), None, train.classes
+    return ImageFiles(train.samples, S), ImageFiles(held_out.samples, S) if held_out else None, train.classes
 
 
 def in_memory(images, targets, size):
-    """Grey images [B, H, W] in [0, 1] -> data set of uint8 [3, size, size] images; resized bilinearly."""
-    images = F.interpolate(images[:, None], size=(size, size), mode="bilinear")
+    """Images [B, 1 or 3, H, W] in [0, 1] -> data set of uint8 [3, size, size]; resized bilinearly."""
+    images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < images.shape[-1])
     data = TensorDataset(to_uint8(images).expand(-1, 3, -1, -1), torch.as_tensor(targets))
     data.targets = data.tensors[1].tolist()
     return data
 
 
-def image_folder(root, size):
-    """Class folders of images; the shorter side is resized to `size` (bicubic), then the centre cropped."""
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; --data must name a folder with one sub-folder of "
-                                f"images per class (or with train/ and val/ or test/ of that form)")
-    try:
-        return ImageFolder(root, loader=read_image, transform=transforms.Compose([
+class ImageFiles(Dataset):
+    """Image files with their classes: the shorter side is resized to `size` (bicubic), the centre cropped."""
+
+    def __init__(self, samples, size):
+        from torchvision import transforms
+        self.paths, self.targets = zip(*samples)
+        self.transform = transforms.Compose([
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
-        ]))
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{root}: {reason}; expected one sub-folder of images per class") from None
+        ])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.transform(read_image(self.paths[i])), self.targets[i]
 
 
 def to_float(images, dtype=torch.float32):
@@ -216,7 +302,7 @@ def random_draws(preset, seed, step):
     """
     B, generator = preset.batch_size, seeded(seed, 1, step)
     sigma, sigma_sub = uniform_sigmas(B, preset.alpha_max, preset.alpha_hard, preset.hard_prob,
-                                      stratified=preset.stratified, generator=generator)
+                                      preset.stratified, generator, preset.official_hard)
     return {
         "flip": (torch.rand(B, generator=generator) < 0.5) & preset.flip,
         "drop": torch.rand(4, B, generator=generator) < preset.class_dropout,
@@ -237,7 +323,7 @@ def gaussian(seeds, shape, device):
 
 
 class Objective(nn.Module):
-    """SE Eq. 10 as one forward, which DistributedDataParallel wraps. All randomness comes in from outside."""
+    """SE Eq. 10 as one forward, for DistributedDataParallel and torch.compile. Draws nothing itself."""
 
     def __init__(self, model, perceptual, weights):
         super().__init__()
@@ -270,15 +356,17 @@ def build_optimizer(model, preset):
     return torch.optim.AdamW(groups, lr=preset.lr, betas=tuple(preset.betas), fused=True)
 
 
-def learning_rate(preset, step):
-    """Linear warm-up, then a cosine that reaches min_lr at the end of the training.
+def learning_rate(preset, step, total):
+    """Linear warm-up, then a cosine that reaches its minimum at the end; both scale with the global batch.
 
-    The official code ends its cosine `warmup` steps earlier and stays at min_lr; the paper does not say.
+    The official code ends its cosine a warm-up earlier and stays at the minimum; the paper does not say.
     """
-    if step < preset.warmup:
-        return preset.lr * (step + 1) / (preset.warmup + 1)
-    progress = (step - preset.warmup) / max(1, preset.iterations - preset.warmup)
-    return preset.min_lr + (preset.lr - preset.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    scale = preset.batch_size / preset.lr_batch
+    warmup = round(preset.warmup * total)
+    if step < warmup:
+        return scale * preset.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return scale * (preset.min_lr + (preset.lr - preset.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def update_ema(ema, model, decay, step):
@@ -290,15 +378,22 @@ def update_ema(ema, model, decay, step):
             average.lerp_(parameter, 1 - decay)
 
 
-def train(preset, out, seed=0, resume=False, device=None, workers=0):
+def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
+          activation_checkpointing=False, perceptual_weights=None):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
     preset   Preset (see PRESETS)
     out      folder for last.pt, log.jsonl, losses.png and samples-*.png; must not hold another run unless
-             resume
+             resume. With several machines, one that all of them see
     seed     with the preset decides every number of the run, whatever the number of processes
     resume   continue from out/last.pt exactly where it was written; preset and seed must be that run's
-    workers  processes that read images
+    workers  processes that read images; None is 0 for data in memory, else up to 8
+
+    These change memory and speed, and results only by rounding:
+    accumulate                micro-batches per iteration
+    compile                   torch.compile the objective
+    activation_checkpointing  compute the blocks' activations again in the backward pass, do not store them
+    perceptual_weights        folder of the perceptual networks' files, see losses.perceptual_distance
 
     Raises ValueError or OSError for bad input, before anything is written where it can be known by then (an
     unreadable image cannot: mend it and resume), FloatingPointError if a loss or gradient is not finite,
@@ -307,19 +402,21 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
     rank, world = process_rank()
     out = Path(out)
     last, log = out / "last.pt", out / "log.jsonl"
-    check_preset(preset, world)
-    if seed < 0 or workers < 0:
+    check_preset(preset, world, accumulate)
+    if seed < 0 or (workers or 0) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, got {seed} and {workers}")
     checkpoint = check_folder(preset, out, seed, resume)
-    if checkpoint and checkpoint["step"] == preset.iterations:
-        say(f"{last}: already trained for all its {preset.iterations} iterations")
+    if checkpoint and checkpoint["step"] == total_iterations(preset, checkpoint["images"]):
+        say(f"{last}: already trained for all its {checkpoint['step']} iterations")
         return last
     with process_group(device) as device, interruptible() as interrupted:
 
         # Data, model and its average, optimizer
         with one_process_first():
             data, held_out, class_names = load_data(preset)
-            perceptual = lpips_vgg().to(device) if any(preset.weights[1::2]) else None
+            perceptual = perceptual_distance(preset.perceptual if any(preset.weights[1::2]) else "none",
+                                             perceptual_weights)
+        total = total_iterations(preset, len(data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names).to(device)
@@ -329,12 +426,19 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                 raise ValueError(f"{last} was trained on {trained_on[0]} images of {trained_on[1]}; "
                                  f"{preset.data} now has {len(data)} of {class_names}; restore the data set")
         ema = copy.deepcopy(model).requires_grad_(False)
-        objective = Objective(model, perceptual, preset.weights)
+        model.encoder.recompute = model.decoder.recompute = activation_checkpointing
+        objective = Objective(model, perceptual, preset.weights).to(device)
         if world > 1:
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in signature(ddp).parameters              # since torch 2.15
             objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None,
                             **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+        if compile:
+            objective.compile(dynamic=False)            # in place: parameters keep their names
+        on_gpu = device.type == "cuda"
+        bf16 = preset.precision == "bf16" or preset.precision == "auto" and on_gpu
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         optimizer = build_optimizer(model, preset)
 
         def save(step):
@@ -358,35 +462,47 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
 
         share = preset.batch_size // world
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
-        steps = range(start, preset.iterations)
+        micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
+        if workers is None:
+            machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = 0 if isinstance(data, TensorDataset) else min(8, os.cpu_count() // machine)
+        steps = range(start, total)
         indices = batch_indices(len(data), preset.batch_size, seed, steps, mine)
-        loader = DataLoader(data, batch_sampler=indices, num_workers=workers,
-                            pin_memory=device.type == "cuda", generator=seeded(seed))
+        loader = DataLoader(data, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu,
+                            generator=seeded(seed))         # iterated once, so its workers persist
         window, began = [], time.time()
-        with tqdm(total=preset.iterations, initial=start, desc=out.name, unit="it", mininterval=1,
+        with tqdm(total=total, initial=start, desc=out.name, unit="it", mininterval=1,
                   disable=rank > 0) as bar:
             for step, (images, labels) in zip(steps, loader):
+                rate = learning_rate(preset, step, total)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(preset, step) * group["lr_scale"]
+                    group["lr"] = rate * group["lr_scale"]
                 drawn = {name: tensor[..., mine] for name, tensor in random_draws(preset, seed, step).items()}
                 e = gaussian(drawn.pop("e_seed"), model.latent_shape, device)                # [B, N, d]
                 drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
+                sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                        # [B] each
                 x = to_float(images.to(device, non_blocking=True))                           # [B, 3, H, W]
                 x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
                 labels = labels.to(device, non_blocking=True)
                 y = torch.where(drawn["drop"], model.num_classes, labels)                    # [4, B]
 
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss, parts = objective(x, y, drawn["sigma"], drawn["sigma_sub"], e)
                 optimizer.zero_grad()
-                loss.backward()
+                rows = []
+                for m in micro_batches:                     # the loss is a mean, and they are equally large
+                    waits = world > 1 and m is not micro_batches[-1]            # gradients meet at the last one
+                    with objective.no_sync() if waits else contextlib.nullcontext():
+                        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                            loss, parts = objective(x[m], y[:, m], sigma[m], sigma_sub[m], e[m])
+                        (loss / accumulate).backward()
+                    rows.append({"loss": loss.detach(), **parts})
                 grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip or math.inf)
                 optimizer.step()
                 update_ema(ema, model, preset.ema, step)
-                window.append({"loss": loss.detach(), **parts, "grad_norm": grad_norm})
+                means = {name: sum(row[name] for row in rows) / accumulate for name in rows[0]}
+                window.append({**means, "grad_norm": grad_norm})
                 bar.update()
 
-                done, ends = step + 1, step + 1 == preset.iterations
+                done, ends = step + 1, step + 1 == total
                 logs = ends or done % preset.log_every == 0
                 saves = ends or done % preset.checkpoint_every == 0
                 shows = ends or bool(preset.picture_every) and done % preset.picture_every == 0
@@ -395,7 +511,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                 means = drain(window, done, last, device)       # raises at a value that is not finite
                 if rank == 0:
                     with open(log, "a") as file:
-                        line = {"step": done, **means, "lr": learning_rate(preset, step)}
+                        line = {"step": done, **means, "lr": rate}
                         file.write(json.dumps(line) + "\n")
                     speed = (done - start) * preset.batch_size / (time.time() - began)
                     shown = [f"{name} {value:.4f}" for name, value in means.items() if value]
@@ -409,9 +525,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=0):
                     plot_losses(log, out / "losses.png")
                     say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
                 if stops and not ends:
-                    raise KeyboardInterrupt(f"interrupted after {done} of {preset.iterations} iterations; "
+                    raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; "
                                             f"everything is in {last}, --resume continues from there")
-        say(f"{last}: {preset.iterations} iterations, {time.time() - began:.0f} s since this start")
+        say(f"{last}: {total} iterations, {time.time() - began:.0f} s since this start")
     return last
 
 
@@ -436,7 +552,7 @@ def drain(window, done, last, device):
     return dict(zip(names, values.mean(0).tolist()))
 
 
-def check_preset(preset, world):
+def check_preset(preset, world, accumulate):
     """Raise a ValueError for the first value that cannot be trained with."""
     p = preset
     for f in fields(Preset):
@@ -449,15 +565,21 @@ def check_preset(preset, world):
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
         raise ValueError(f"--weights must be five numbers of at least 0, not all 0 "
                          f"({' '.join(WEIGHT_NAMES)}), got {p.weights}")
-    if p.perceptual not in ("none", "lpips-vgg"):
-        raise ValueError(f"--perceptual must be lpips-vgg or none, got {p.perceptual!r}")
+    if p.perceptual not in PERCEPTUAL:
+        raise ValueError(f"--perceptual must be one of {', '.join(PERCEPTUAL)}, got {p.perceptual!r}")
     if p.perceptual == "none" and (p.weights[1] or p.weights[3]):
         raise ValueError(f"--perceptual none needs weights of 0 for the perceptual terms, such as "
                          f"--weights 1,0,1,0,0.1; got {p.weights}")
     if p.perceptual != "none" and p.image_size < 16:
         raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
-    if p.batch_size % world:
-        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of the {world} processes")
+    if bool(p.epochs) == bool(p.iterations):
+        raise ValueError(f"one of --epochs and --iterations must be 0, the other the length of the training; "
+                         f"got {p.epochs:g} and {p.iterations}")
+    if p.precision not in ("auto", "bf16", "float32"):
+        raise ValueError(f"--precision must be auto, bf16 or float32, got {p.precision!r}")
+    if accumulate < 1 or p.batch_size % (world * accumulate):
+        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of processes times --accumulate, "
+                         f"{world} x {accumulate}")
     random_draws(p, 0, 0)                               # angles and stratified: uniform_sigmas' own checks
 
 
@@ -485,18 +607,6 @@ def stored_preset(checkpoint, path):
         return Preset(**checkpoint["preset"])
     except TypeError as error:
         raise ValueError(f"{path}: its settings are those of another version of train.py ({error})") from None
-
-
-def save_checkpoint(path, checkpoint):
-    """Write beside, flush to disk, read back, rename: at every moment a whole checkpoint bears the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    read_checkpoint(beside)                             # checks what stands on the disk
-    os.replace(beside, path)
 
 
 def cut_log(log, step):
@@ -717,7 +827,14 @@ def main(argv=None):
     run.add_argument("--seed", type=int, help="of the training, or of the samples to evaluate (default 0)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, exactly")
     run.add_argument("--device", help="default cuda if there is one, else cpu")
-    run.add_argument("--workers", type=int, help="processes that read images (default 0)")
+    run.add_argument("--list", action="store_true", help="print all presets with sizes and cost, and stop")
+    speed = parser.add_argument_group("speed and memory; results change by rounding only")
+    speed.add_argument("--workers", type=int, help="processes that read images (default: as the data need)")
+    speed.add_argument("--accumulate", type=int, help="micro-batches per iteration and process (default 1)")
+    speed.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third slower")
+    speed.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
+    speed.add_argument("--perceptual-weights", metavar="FOLDER",
+                       help="of the files vgg16-... and convnext_small-... (default torch.hub's cache)")
     judge = parser.add_argument_group("evaluate instead of training")
     judge.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples as a table")
     judge.add_argument("--count", type=int, help="number of samples (default 1000)")
@@ -748,6 +865,9 @@ def main(argv=None):
         if judging & given.keys():
             raise ValueError(f"{flag(min(judging & given.keys()))} belongs to --evaluate; "
                              f"the length of a training is --iterations")
+        if args.list:
+            list_presets()
+            return
         out = Path(args.out or f"out/{args.preset or 'digits'}")
         preset, seed = PRESETS[args.preset or "digits"], args.seed or 0
         if args.resume and (out / "last.pt").exists():      # what is not given stays as the run has it
@@ -755,7 +875,11 @@ def main(argv=None):
             preset = preset if args.preset else stored_preset(checkpoint, out / "last.pt")
             seed = checkpoint["seed"] if args.seed is None else args.seed
             del checkpoint
-        train(replace(preset, **changes), out, seed, args.resume, args.device, args.workers or 0)
+        for length, other in (("epochs", "iterations"), ("iterations", "epochs")):
+            if length in changes and not args.resume:       # the length given replaces the preset's
+                changes.setdefault(other, 0)
+        speed_options = {name: given[name] for name in SPEED_OPTIONS if name in given}
+        train(replace(preset, **changes), out, seed, args.resume, args.device, **speed_options)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of an image-reading process carries its traceback; the message is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -763,6 +887,37 @@ def main(argv=None):
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted at once; the last checkpoint stands")
         return 130
+
+
+def list_presets():
+    """One line per preset, from models on the meta device: sizes, cost of one image, memory, settings."""
+    form = ("{:18}{:>6}{:>4}{:>7}{:>8}{:>14}  {:>8}{:>8}{:>8}{:>8}  {:>8}{:>8}  {:8}{:>18}  {}").format
+    print(form(*[""] * 6, "GFLOPs", *[""] * 3, "GiB", *[""] * 4).rstrip())
+    print(form("preset", "pixels", "P", "tokens", "L", "parameters", "encode", "decode", "1 step", "4 steps",
+               "weights", "AdamW", "angles", "length", "loss weights"))
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            model = build_model(preset, [str(k) for k in range(DATASETS[preset.dataset][0])])
+            encode = flops(lambda: model.encode(torch.empty(1, 3, *model.image_size)))
+            decode = flops(lambda: model.decode(torch.empty(1, *model.latent_shape)))
+        N, d = model.latent_shape
+        parameters = sum(p.numel() for p in model.parameters())
+        moments = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        cost = [f"{flops:.4g}" for flops in (encode, decode, decode, decode + 3 * (encode + decode))]
+        memory = [f"{4 * numbers / 2**30:.3f}" for numbers in (parameters, moments)]
+        print(form(name, preset.image_size, preset.patch_size, N, N * d, f"{parameters:,}", *cost, *memory,
+                   f"{preset.alpha_max:g}/{preset.alpha_hard:g}",
+                   f"{preset.epochs:g} epochs" if preset.epochs else f"{preset.iterations} iterations",
+                   " ".join(f"{weight:g}" for weight in preset.weights)))
+    print("GFLOPs per image, without guidance (which doubles the guided passes), 2 for every multiply-add; "
+          "folder is counted with 10 classes")
+
+
+def flops(call):
+    """GFLOPs of a call, 2 for every multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
 
 
 def print_table(path, chosen, rows):
@@ -793,6 +948,7 @@ def size(text):
     return ints(text) if "," in text else text
 
 
+SPEED_OPTIONS = ("workers", "accumulate", "activation_checkpointing", "compile", "perceptual_weights")
 FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
 
 

@@ -16,10 +16,11 @@ from models import SphereEncoder  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
 TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
-               mixer_depth=1, batch_size=8, iterations=6, warmup=2, log_every=2, checkpoint_every=4,
-               picture_every=0)
+               mixer_depth=1, batch_size=8, lr_batch=8, iterations=6, warmup=0.3333, log_every=2,
+               checkpoint_every=4, picture_every=0)
 TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixer-depth 1 --batch-size 8 "
-              "--iterations 6 --warmup 2 --log-every 2 --checkpoint-every 4 --picture-every 0").split()
+              "--lr-batch 8 --iterations 6 --warmup 0.3333 --log-every 2 --checkpoint-every 4 "
+              "--picture-every 0").split()
 
 
 def seeded_array(name, shape):

@@ -1,8 +1,12 @@
+import hashlib
+import shutil
 import socket
 import urllib.error
 
 import pytest
 import torch
+from torchvision import transforms
+from torchvision.models import convnext_small, vgg16
 
 import losses
 from losses import (WEIGHT_NAMES, latent_consistency_loss, lpips_vgg, pixel_consistency_loss,
@@ -184,11 +188,34 @@ def test_gradient_of_the_objective_is_that_of_its_undetached_terms(model, batch)
     assert slope.item() == pytest.approx(((values[0] - values[1]) / 2e-6).item(), rel=1e-5)
 
 
-# ---- LPIPS ----
+# ---- perceptual distance ----
 
 
-def test_lpips_is_frozen_zero_for_equal_images_and_gives_gradient_to_images():
-    network = lpips_vgg(random_trunk=True)
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Stand-ins for the two networks' files, of the released names' form, and their URLs."""
+    folder, urls = tmp_path_factory.mktemp("weights"), {}
+    for constant, network in (("VGG16", vgg16), ("CONVNEXT_SMALL", convnext_small)):
+        torch.manual_seed(0)
+        weights = {k: v for k, v in network().state_dict().items() if not k.startswith("classifier.0")
+                   or constant != "VGG16"}                                  # 400 MB that LPIPS does not use
+        torch.save(weights, folder / "file")
+        digest = hashlib.sha256((folder / "file").read_bytes()).hexdigest()[:8]
+        (folder / "file").rename(folder / f"{constant.lower()}-{digest}.pth")
+        urls[constant] = f"https://example.org/{constant.lower()}-{digest}.pth"
+    return folder, urls
+
+
+@pytest.fixture
+def weights(released, monkeypatch):
+    for name, url in released[1].items():
+        monkeypatch.setattr(losses, name, url)
+    return released[0]
+
+
+@pytest.mark.parametrize("name", ["lpips-vgg", "lpips-convnext"])
+def test_perceptual_distance_is_frozen_zero_for_equal_images_and_gives_gradient_to_images(weights, name):
+    network = losses.perceptual_distance(name, weights)
     a, b = rand(2, 3, 16, 16).requires_grad_(), rand(2, 3, 16, 16, seed=1)
     assert not any(p.requires_grad for p in network.parameters()) and not network.training
     assert pixel_reconstruction_loss(b, b, network)[1] == 0
@@ -197,13 +224,62 @@ def test_lpips_is_frozen_zero_for_equal_images_and_gives_gradient_to_images():
     assert distance > 0 and a.grad.norm() > 0
 
 
-def test_missing_lpips_weights_name_file_url_and_place(monkeypatch, tmp_path):
+def test_no_perceptual_distance_needs_no_weights():
+    assert losses.perceptual_distance("none", "nowhere") is None
+
+
+def test_lpips_uses_the_given_trunk(weights):
+    torch.manual_seed(0)
+    trunk, x = vgg16().features.eval(), rand(1, 3, 32, 32)
+    network = losses.perceptual_distance("lpips-vgg", weights)
+    for layers, feature in zip((4, 9, 16, 23, 30), network.net(x)):
+        torch.testing.assert_close(feature, trunk[:layers](x))
+
+
+def test_the_official_distance_is_lpips_and_a_tenth_of_the_convnext_logits(weights):
+    a, b = rand(2, 3, 20, 24), rand(2, 3, 20, 24, seed=1)
+    torch.manual_seed(0)
+    convnext = convnext_small().eval()
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = lambda x: normalize(transforms.functional.resize((x + 1) / 2, [224, 224], antialias=True))
+    with torch.no_grad():
+        logits = (convnext(prepare(a)) - convnext(prepare(b))).square().mean(1)
+        lpips = losses.perceptual_distance("lpips-vgg", weights)(a, b).flatten()
+        distance = losses.perceptual_distance("lpips-convnext", weights)(a, b)
+    torch.testing.assert_close(distance, (lpips + 0.1 * logits) / 1.1, rtol=1e-4, atol=1e-6)
+    assert (distance - lpips / 1.1).abs().min() > 1e-6
+
+
+def test_under_autocast_features_are_compared_in_float32(weights):
+    network = losses.perceptual_distance("lpips-vgg", weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(feature.dtype == torch.float32 for feature in network.net(rand(1, 3, 16, 16)))
+        assert network.net.slice1(rand(1, 3, 16, 16)).dtype == torch.bfloat16
+
+
+def test_missing_weights_name_file_url_and_place(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise urllib.error.URLError(socket.gaierror("no network"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        losses.lpips_vgg()
-    message = str(error.value)
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message and str(tmp_path) in message
-    assert "\n" not in message
+    for folder in (None, tmp_path / "mine"):
+        with pytest.raises(FileNotFoundError) as error:
+            losses.perceptual_distance("lpips-vgg", folder)
+        message = str(error.value)
+        assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message
+        assert str((folder or tmp_path / "hub" / "checkpoints") / "vgg16-397923af.pth") in message
+        assert "\n" not in message
+
+
+def test_weights_are_taken_from_the_cache_and_checked_against_their_hash(weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / losses.VGG16.rsplit("/")[-1]
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, path: shutil.copy(weights / url.rsplit("/")[-1], path))
+    losses.perceptual_distance("lpips-vgg")
+    assert place.exists()
+    content = bytearray(place.read_bytes())
+    content[len(content) // 2] ^= 1
+    place.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged .* replace it by https://example.org/vgg16"):
+        losses.perceptual_distance("lpips-vgg")

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from conftest import ROOT, seeded_array, with_seeded_weights
-from models import SIZES, ConvHead, LinearHead, Mixer, SphereEncoder, apply_rope, rope_table, sincos_table
+from models import (SIZES, ConvHead, LinearHead, Mixer, SphereEncoder, apply_rope, convert_official,
+                    convert_official_config, rope_table, sincos_table)
 from spherify import spherify
 
 IMAGE = (256, 8)
@@ -70,21 +71,214 @@ def test_networks_agree_with_the_released_system(golden):
 
 
 def golden_model(golden):
-    """The file's network under our names, which differ from the released ones in three words."""
     config = ast.literal_eval(str(golden["config"]))
     size = (config["size"]["width"], config["size"]["layers"], config["size"]["heads"])
     model = SphereEncoder(config["image_size"], config["patch_size"], config["token_channels"],
                           config["num_classes"], size, size, config["mixer_depth"], config["pixel_head"],
                           config["angle"])
-    weights = {}
-    for line in golden["keys"]:
-        name, shape = line.split(" ", 1)
-        ours = name.replace(".mix.", ".").replace("decoder.out.2.", "decoder.out.conv.")
-        weights[ours] = seeded_array(name, ast.literal_eval(shape))
-    for name in ("encoder.pos_embed", "decoder.pos_embed"):
-        weights[name] = model.get_parameter(name).data
-    model.load_state_dict(weights)
+    names_and_shapes = (line.split(" ", 1) for line in golden["keys"])
+    model.load_state_dict(convert_official({name: seeded_array(name, ast.literal_eval(shape))
+                                            for name, shape in names_and_shapes
+                                            if not name.endswith("pos_embed")}))
     return model
+
+
+# ---- released weights ----
+
+
+def released_layout(model):
+    """Names and shapes of the released checkpoint of a model's sizes, written from its description."""
+    config, shapes = model.config, {}
+    P, d, K, B = (config[key] for key in ("patch_size", "latent_dim", "num_classes", "mixer_depth"))
+    N = model.latent_shape[0]
+    for side in ("encoder", "decoder"):
+        W, depth, _ = SIZES.get(config[f"{side}_size"], config[f"{side}_size"])
+        h = int(W * 8 / 3)
+        out = d if side == "encoder" else 3 * P * P if config["pixel_head"] == "linear" else 32
+
+        def put(name, *shape, bias=True):
+            shapes[f"{side}.{name}.weight"] = shape
+            if bias:
+                shapes[f"{side}.{name}.bias"] = shape[:1]
+
+        shapes[f"{side}.pos_embed"] = (1, N, W)
+        for i in range(depth):
+            put(f"blocks.{i}.norm1", W, bias=False)
+            put(f"blocks.{i}.norm2", W, bias=False)
+            put(f"blocks.{i}.attn.qkv", 3 * W, W)
+            put(f"blocks.{i}.attn.proj", W, W)
+            put(f"blocks.{i}.mlp.w12", 2 * h, W)
+            put(f"blocks.{i}.mlp.w3", W, h)
+            if K:
+                put(f"blocks.{i}.adaLN_modulation.1", 6 * W, W)
+        put("ffn.linear", out, W)
+        if K:
+            put("y_embedder.embedding_table", K + 1, W, bias=False)
+            put("ffn.norm", W, bias=False)
+            put("ffn.adaLN_modulation.1", 2 * W, W)
+        if side == "encoder":
+            put("x_embedder.0", W, 3, P, P, bias=False)
+            put("x_embedder.1", W, W, 1, 1)
+        else:
+            put("x_embedder.0" if B else "x_embedder", W, d)
+        mixer, dim = ("out", d) if side == "encoder" else ("x_embedder.1", W)
+        for k in range(B):
+            put(f"{mixer}.blocks.{k}.norm1", dim, bias=False)
+            put(f"{mixer}.blocks.{k}.norm2", dim, bias=False)
+            put(f"{mixer}.blocks.{k}.tok_mixer.mix.0", N, N)
+            put(f"{mixer}.blocks.{k}.tok_mixer.mix.2", N, N)
+            put(f"{mixer}.blocks.{k}.chn_mixer.mix.0", 2 * dim, dim)
+            put(f"{mixer}.blocks.{k}.chn_mixer.mix.2", dim, 2 * dim)
+            shapes[f"{side}.{mixer}.blocks.{k}.alpha1"] = shapes[f"{side}.{mixer}.blocks.{k}.alpha2"] = (1,)
+        if B:
+            put(f"{mixer}.norm", dim, bias=False)
+    if config["pixel_head"] == "linear":
+        put("out.2", 3, 3, 3, 3)
+    else:
+        put("out.2", 32, 32, 3, 3)
+        shapes |= {"decoder.out.4.weight": (32, 3, P + 2, P + 2), "decoder.out.4.bias": (3,)}
+    return shapes
+
+
+TINY_RELEASED = {
+    "linear": (16, 4, 5, 3, (16, 2, 2), (24, 3, 2), 2),
+    "conv": (16, 4, 5, 3, (16, 2, 2), (24, 1, 2), 1, "conv"),
+    "unconditional": (16, 4, 5, 0, (16, 1, 2), (24, 2, 2), 1),
+    "no-mixers": (16, 4, 5, 3, (16, 1, 2), (16, 1, 2), 0),
+}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *TINY_RELEASED])
+def test_the_released_layout_of_every_size_is_converted(name):
+    with torch.device("meta"):
+        model = SphereEncoder(*(PUBLISHED[name][0] if name in PUBLISHED else TINY_RELEASED[name]))
+        weights = {key: torch.empty(shape) for key, shape in released_layout(model).items()}
+    converted, expected = convert_official(weights), model.state_dict()
+    assert {k: t.shape for k, t in converted.items()} == {k: t.shape for k, t in expected.items()}
+
+
+def released(name="linear"):
+    """A small model and seeded weights for it in the released layout, tables included."""
+    model = SphereEncoder(*TINY_RELEASED[name])
+    weights = {key: seeded_array(key, shape) for key, shape in released_layout(model).items()}
+    for side in ("encoder", "decoder"):
+        weights[f"{side}.pos_embed"] = model.get_parameter(f"{side}.pos_embed").data.clone()
+    return model, weights
+
+
+@pytest.mark.parametrize("name", TINY_RELEASED)
+def test_converted_weights_load_and_each_stands_in_its_place(name):
+    model, weights = released(name)
+    model.load_state_dict(convert_official(weights))
+    assert model.encoder.blocks[0].mlp.w12.weight.equal(weights["encoder.blocks.0.mlp.w12.weight"])
+    if name == "no-mixers":
+        assert model.decoder.x_embedder[0].weight.equal(weights["decoder.x_embedder.weight"])
+    else:
+        mixer = model.decoder.x_embedder[1].blocks[0]
+        name = "decoder.x_embedder.1.blocks.0.tok_mixer.mix.2.weight"
+        assert mixer.tok_mixer[2].weight.equal(weights[name])
+        assert mixer.alpha2.equal(weights["decoder.x_embedder.1.blocks.0.alpha2"])
+    if name == "conv":
+        assert model.decoder.out.upsample.weight.equal(weights["decoder.out.4.weight"])
+    assert model.decoder.out.conv.bias.equal(weights["decoder.out.2.bias"])
+
+
+def test_wrappers_stray_buffers_old_gates_and_short_floats_are_understood():
+    model, weights = released()
+    plain = convert_official(weights)
+    weights["encoder.rope"], weights["decoder.rope"] = torch.zeros(1, 16, 16), torch.zeros(1, 16, 24)
+    for key in list(weights):
+        if "alpha" in key:
+            weights[key] = weights[key][0]                                  # 0-d
+        if key.endswith("w3.weight"):
+            weights[key] = weights[key].double()
+    weights.pop("decoder.pos_embed")
+    wrapped = {f"module._orig_mod.{key.replace('blocks.1.', 'blocks.1._checkpoint_wrapped_module.')}": tensor
+               for key, tensor in weights.items()}
+    converted = convert_official(wrapped)
+    assert converted.keys() == plain.keys() - {"decoder.pos_embed"}
+    assert all(tensor.dtype == torch.float32 and tensor.equal(plain[k]) for k, tensor in converted.items())
+    model.load_state_dict(converted)                                        # the table is the model's own
+    weights.pop("encoder.pos_embed")
+    half = convert_official({key: tensor.bfloat16() for key, tensor in weights.items()})
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+
+
+def corrupted(weights):
+    """Name, released weights with one thing wrong, and what the refusal must say."""
+    key = "decoder.blocks.1.attn.qkv.bias"
+    change = lambda key, tensor: {**weights, key: tensor}
+    first, table = "encoder.x_embedder.0.weight", "decoder.pos_embed"
+    half = dict(list(weights.items())[:len(weights) // 2])
+    yield "missing", {k: t for k, t in weights.items() if k != key}, f"{key} is missing"
+    yield "missing patches", {k: t for k, t in weights.items() if k != first}, f"{first} is missing"
+    yield "extra", change("encoder.inctx_embed", torch.zeros(1, 4, 16)), "encoder.inctx_embed is unknown"
+    yield "misshapen", change(key, torch.zeros(71)), f"{key} is [71] instead of [72]"
+    yield "transposed", change(first, weights[first].transpose(0, 1)), f"{first} is [3, 16, 4, 4] instead of"
+    yield "integer", change(key, weights[key].long()), f"{key} holds no floats but torch.int64"
+    yield "no tensor", change(key, [1.0, 2.0]), f"{key} holds no floats but list"
+    yield "table", change(table, weights[table] + 2e-5), f"{table} is not the sin-cos table"
+    yield "truncated", half, "decoder.blocks.0.attn.proj.bias is missing"
+    yield "twice", change("module." + key, weights[key]), f"{key} is given twice"
+    yield "whole file", {"model": weights, "epoch": 3}, "model holds no floats but dict"
+
+
+@pytest.mark.parametrize("bad, named", [pytest.param(*case, id=what)
+                                        for what, *case in corrupted(released()[1])])
+def test_weights_that_are_not_the_released_ones_are_refused_by_name(bad, named):
+    with pytest.raises(ValueError) as error:
+        convert_official(bad)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+CFG = dict(
+    dataset_name="cifar-10", image_size=16, patch_size=4, token_channels=5, latent_resolution=4,
+    num_classes=3, cond_generator=True, vit_enc_model_size="small", vit_dec_model_size="base",
+    vit_enc_latent_mlp_mixer_depth=2, vit_dec_latent_mlp_mixer_depth=2, affine_latent_mlp_mixer=True,
+    pixel_head_type="linear", noise_sigma_max_angle=85, mix_hard_cases_max_angle=89, in_context_size=0,
+    halve_model_size=False, spherify_model=False, dtype="bf16")
+
+
+def test_a_released_configuration_gives_the_models_arguments():
+    assert convert_official_config(CFG) == dict(
+        image_size=16, patch_size=4, latent_dim=5, num_classes=3, encoder_size="small", decoder_size="base",
+        mixer_depth=2, pixel_head="linear", alpha_max=85.0)
+    assert convert_official_config({**CFG, "cond_generator": False})["num_classes"] == 0
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(in_context_size=4), "in_context_size must be 0, got 4"),
+    (dict(spherify_model=True), "spherify_model"),
+    (dict(affine_latent_mlp_mixer=False), "affine_latent_mlp_mixer"), (dict(halve_model_size=True), "halve"),
+    (dict(vit_dec_latent_mlp_mixer_depth=4), "2 and 4"), (dict(patch_size=None), "patch_size"),
+])
+def test_released_configurations_that_we_cannot_build_are_refused(change, named):
+    cfg = {key: value for key, value in {**CFG, **change}.items() if value is not None}
+    with pytest.raises(ValueError) as error:
+        convert_official_config(cfg)
+    assert named in str(error.value)
+
+
+# ---- activation checkpointing ----
+
+
+def test_recomputed_activations_give_the_same_gradients(model):
+    x, e, y = images(model, 3), latents(model, 3), torch.tensor([0, 1, 4])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        loss = (model.decode(spherify(model.encode(x, y)) + e, y) * x).sum()
+        return torch.autograd.grad(loss, parameters)
+
+    calls = []
+    model.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    stored = gradients()
+    assert len(calls) == 1
+    model.encoder.recompute = model.decoder.recompute = True
+    again = gradients()
+    assert len(calls) == 3 and sum(g.abs().sum() for g in stored) > 1
+    for a, b in zip(stored, again):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 # ---- initialisation ----

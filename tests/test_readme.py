@@ -32,7 +32,7 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
     calls = []
     monkeypatch.setattr(
-        train, "train", lambda preset, out, *rest: calls.append(train.check_preset(preset, 1)))
+        train, "train", lambda preset, out, *rest, **speed: calls.append(train.check_preset(preset, 1, 1)))
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     assert train.main(argv) is None and len(calls) == 1
 

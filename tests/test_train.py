@@ -105,11 +105,12 @@ def test_training_noise_of_a_sample_ignores_its_neighbours():
 
 def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
     """Three iterations by hand: data, flip, class drops, noise, loss, clipping, AdamW and average."""
-    perceptual = lpips_vgg(random_trunk=True)
-    monkeypatch.setattr(train, "lpips_vgg", lambda: perceptual)
+    torch.manual_seed(0)
+    perceptual = lpips_vgg().requires_grad_(False).eval()
+    monkeypatch.setattr(train, "perceptual_distance", lambda *name_and_folder: perceptual)
     preset = replace(TINY, iterations=3, flip=True, class_dropout=0.5, clip=0.01, weight_decay=0.3,
                      encoder_lr_scale=0.5, perceptual="lpips-vgg", weights=(2.0, 0.5, 1.0, 0.25, 0.1),
-                     ema=0.15, warmup=1)
+                     ema=0.15, warmup=1 / 3)
     path = train.train(preset, tmp_path / "run", seed=8, device="cpu")
 
     data = load_data(preset)[0]
@@ -147,20 +148,36 @@ def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
 
     stored = read_checkpoint(path)
     for name, p in trainable.items():
-        torch.testing.assert_close(stored["model"][name], p.detach(), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(stored["ema"][name], average[name], rtol=1e-4, atol=1e-6)
+        # Adam divides by the gradient's size: rounding of a tiny one counts, here up to 1 % of the rate.
+        torch.testing.assert_close(stored["model"][name], p.detach(), rtol=1e-4, atol=4e-5)
+        torch.testing.assert_close(stored["ema"][name], average[name], rtol=1e-4, atol=4e-5)
 
 
 # ---- schedules ----
 
 
 def test_learning_rate_warms_up_linearly_and_ends_at_its_minimum():
-    preset = replace(TINY, lr=1.0, min_lr=0.1, warmup=4, iterations=104)
-    rates = [learning_rate(preset, step) for step in range(104)]
+    preset = replace(TINY, lr=1.0, min_lr=0.1, warmup=4 / 104)
+    rates = [learning_rate(preset, step, 104) for step in range(104)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
     assert rates[54] == pytest.approx(0.55)                                  # half of the cosine
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and learning_rate(preset, 104) == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and learning_rate(preset, 104, 104) == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+
+
+def test_learning_rate_scales_with_the_global_batch():
+    for preset in (PRESETS["imagenet-l"], PRESETS["digits"]):
+        double = replace(preset, batch_size=2 * preset.batch_size)
+        for step in (0, 3, 700, 999):
+            assert learning_rate(double, step, 1000) == pytest.approx(2 * learning_rate(preset, step, 1000))
+    assert learning_rate(PRESETS["imagenet-l"], 10, 1000) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_epochs_give_the_length_by_the_size_of_the_data():
+    preset = PRESETS["cifar10"]
+    assert train.total_iterations(preset, 50_000) == math.ceil(5000 * 50_000 / 256)
+    assert train.total_iterations(replace(preset, batch_size=1000), 50_000) == 250_000
+    assert train.total_iterations(PRESETS["digits"], 10**9) == 2200
 
 
 def test_average_is_a_lerp_whose_decay_rises_to_its_limit():
@@ -349,7 +366,7 @@ def test_one_process_reports_a_mistake_of_all(tmp_path):
     result = torchrun(2, "--out", tmp_path / "run", *TINY_FLAGS, "--batch-size", "7", "--device", "cpu")
     lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
     assert result.returncode != 0 and len(lines) == 1
-    assert "--batch-size 7" in lines[0] and "2 processes" in lines[0]
+    assert "--batch-size 7" in lines[0] and "2 x 1" in lines[0]
 
 
 # ---- what a run leaves ----
