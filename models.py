@@ -482,6 +482,9 @@ def convert_official_config(cfg):
         if depth != cfg["vit_dec_latent_mlp_mixer_depth"]:
             raise ValueError(f"mixers of encoder and decoder must be equally deep, got {depth} and "
                              f"{cfg['vit_dec_latent_mlp_mixer_depth']}")
+        for key in ("image_size", "patch_size", "token_channels", "num_classes"):
+            if not isinstance(cfg[key], int):
+                raise ValueError(f"{key} must be a whole number, got {cfg[key]!r}")
         return dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"],
                     latent_dim=cfg["token_channels"],
                     num_classes=cfg["num_classes"] if cfg["cond_generator"] else 0,

@@ -9,7 +9,7 @@ from torchvision import transforms
 from torchvision.models import convnext_small, vgg16
 
 import losses
-from losses import (WEIGHT_NAMES, latent_consistency_loss, lpips_vgg, pixel_consistency_loss,
+from losses import (WEIGHT_NAMES, latent_consistency_loss, pixel_consistency_loss,
                     pixel_reconstruction_loss, sphere_encoder_loss)
 from spherify import add_noise, spherify
 

@@ -1,3 +1,4 @@
+import json
 import math
 import pickle
 
@@ -8,10 +9,10 @@ from PIL import Image
 
 import sample
 from conftest import ROOT, one_line, with_seeded_weights
-from models import SphereEncoder
+from models import SphereEncoder, convert_official
 from sample import generate, load, main, picture, read_checkpoint, reconstruct
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify
-from test_models import golden_model
+from test_models import CFG, golden_model, released
 
 Y = torch.tensor([0, 1, 3])
 
@@ -43,6 +44,17 @@ def test_fresh_noise_takes_draw_t_for_step_t(model):
         x = model.decode(add_noise(spherify(model.encode(x, Y)), sigma_max, e[t]), Y)
     torch.testing.assert_close(generate(model, Y, 3, alpha=70.0, shared=False, seed=5), x)
     assert (generate(model, Y, 3, alpha=70.0, seed=5) - x).abs().max() > 1e-3
+
+
+def test_the_official_sampler_shares_noise_from_step_two_and_ends_its_decay_at_one_over_T(model):
+    e, sigma_max = noise(model, draws=2), angle_to_sigma(model.alpha_max)
+    x = model.decode(spherify(e[0]), Y)
+    for r in (2 / 3, 1 / 3):                                                # gamma = 1, T = 3
+        x = model.decode(add_noise(spherify(model.encode(x, Y)), r * sigma_max, e[1]), Y)
+    torch.testing.assert_close(generate(model, Y, 3, gamma=1.0, seed=5, official=True), x)
+    assert torch.equal(generate(model, Y, 1, seed=5, official=True), generate(model, Y, 1, seed=5))
+    fresh = dict(shared=False, gamma=0.0, seed=5)
+    assert torch.equal(generate(model, Y, 3, official=True, **fresh), generate(model, Y, 3, **fresh))
 
 
 @pytest.mark.parametrize("position", ["encoder", "decoder", "combo"])
@@ -96,7 +108,7 @@ def test_guided_two_step_sampling_agrees_with_the_released_system():
 
 @pytest.mark.parametrize("change", [
     dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=1.0), dict(shared=False), dict(seed=1),
-    dict(first=1), dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])),
+    dict(first=1), dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])), dict(official=True),
 ])
 def test_every_option_changes_the_result(model, change):
     base = dict(y=Y, steps=4)
@@ -197,6 +209,89 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path,
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
 
 
+# ---- checkpoints of the official code ----
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A checkpoint of the official code with its cfg.json, in its layout, and the model it holds."""
+    model, weights = released()
+    other = {name: tensor + 1 for name, tensor in weights.items() if not name.endswith("pos_embed")}
+    torch.save({"model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, "epoch": 7,
+                "ema_model": {**other, "encoder.rope": torch.zeros(1), "decoder.rope": torch.zeros(1)}},
+               tmp_path / "ep0007.pth")
+    sizes = dict(zip(("vit_enc_model_size", "vit_dec_model_size"),
+                     (model.config["encoder_size"], model.config["decoder_size"])))
+    (tmp_path / "cfg.json").write_text(json.dumps({**CFG, **sizes}))
+    model.load_state_dict(convert_official(weights))
+    return tmp_path, model.eval()
+
+
+def test_a_checkpoint_of_the_official_code_is_sampled_with_its_configuration(official, tmp_path):
+    folder, model = official
+    plain = load(folder / "ep0007.pth", config=folder / "cfg.json")
+    assert torch.equal(generate(plain, Y, 2), generate(model, Y, 2, alpha=85.0))
+    assert not torch.equal(generate(plain, Y, 2),
+                           generate(load(folder / "ep0007.pth", ema=True, config=folder / "cfg.json"), Y, 2))
+    main(["--checkpoint", str(folder / "ep0007.pth"), "--config", str(folder / "cfg.json"), "--count", "3",
+          "--out", str(tmp_path / "out"), "--singles"])
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must not be printed",)
+
+
+@pytest.mark.parametrize("damage, named", [
+    ("truncated", "not a readable checkpoint"), ("flipped bit", "checksum"),
+    ("code", "not a readable checkpoint"), ("no model", "no weights 'model'"),
+    ("missing key", "decoder.ffn.linear.bias is missing"),
+    ("other sizes", "do not fit"), ("no cfg", "cfg.json: no such file"), ("cfg no json", "not a cfg.json"),
+    ("cfg a list", "not a cfg.json"), ("cfg key", "'patch_size' is missing"), ("cfg value", "got 'large'"),
+    ("without config", "--config"),
+])
+def test_damaged_official_checkpoints_are_refused_in_one_line(official, capsys, damage, named):
+    folder, _ = official
+    path, cfg = folder / "ep0007.pth", folder / "cfg.json"
+    content = torch.load(path)
+    raw = bytearray(path.read_bytes())
+    settings = json.loads(cfg.read_text())
+    if damage == "truncated":
+        path.write_bytes(raw[:len(raw) // 2])
+    elif damage == "flipped bit":
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+    elif damage == "code":
+        torch.save({**content, "args": Code()}, path)
+    elif damage == "no model":
+        torch.save({"epoch": 7}, path)
+    elif damage == "missing key":
+        content["model"].pop("_orig_mod.decoder.ffn.linear.bias")
+        torch.save(content, path)
+    elif damage == "other sizes":
+        cfg.write_text(json.dumps({**settings, "token_channels": 6}))
+    elif damage == "no cfg":
+        cfg.unlink()
+    elif damage == "cfg no json":
+        cfg.write_text("lr: 1")
+    elif damage == "cfg a list":
+        cfg.write_text("[1]")
+    elif damage == "cfg key":
+        settings.pop("patch_size")
+        cfg.write_text(json.dumps(settings))
+    elif damage == "cfg value":
+        cfg.write_text(json.dumps({**settings, "image_size": "large"}))
+    options = [] if damage == "without config" else ["--config", str(cfg)]
+    with pytest.raises(SystemExit) as exit:
+        main(["--checkpoint", str(path), "--out", str(folder / "out"), *options])
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert exit.value.code == 2 and printed.out == ""
+    assert len(lines) == 1 and lines[0].startswith("sample.py: ") and named in lines[0]
+    assert not (folder / "out").exists()
+
+
 # ---- command line ----
 
 
@@ -220,6 +315,7 @@ def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(
 
 @pytest.mark.parametrize("options, meaning", [
     (["--steps", "3"], dict(steps=3)), (["--cfg", "2"], dict(cfg=2.0)), (["--fresh"], dict(shared=False)),
+    (["--official"], dict(official=True)),
     (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")),
     (["--gamma", "1"], dict(gamma=1.0)), (["--alpha", "60"], dict(alpha=60.0)),
     (["--seed", "9"], dict(seed=9)), (["--no-ema"], dict(ema=False)),

@@ -163,6 +163,19 @@ def test_hard_probability_zero_and_one_mean_never_and_always(generator):
     assert sigma.max() <= angle_to_sigma(80.0)
 
 
+def test_official_hard_draws_reach_a_tenth_of_the_band_and_leave_the_small_noise(generator):
+    again = torch.Generator()
+    again.set_state(generator.get_state())
+    sigma, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, 85.0, generator=generator, official_hard=True)
+    base, base_sub = uniform_sigmas(N_DRAWS, 80.0, generator=again)
+    low, high = angle_to_sigma(80.0), angle_to_sigma(85.0)
+    hard = sigma > low
+    assert abs(hard.double().mean() - 0.1) < 4 * math.sqrt(0.09 / N_DRAWS)
+    assert largest_cdf_gap(sigma[hard], stats.uniform(low, 0.1 * (high - low)).cdf) < 4 * KS_LIMIT
+    assert sigma_to_angle(sigma.max().item()) == pytest.approx(80.9, abs=0.02)
+    assert torch.equal(sigma[~hard], base[~hard]) and torch.equal(sigma_sub, base_sub)
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 def test_small_noise_is_at_most_half_the_large_noise_of_the_same_sample(generator, stratified):
     sigma, sigma_sub = uniform_sigmas(N_DRAWS, 80.0, 85.0, 0.5, stratified, generator)
@@ -206,6 +219,11 @@ def test_schedule_ends_where_equation_13_says():
     assert step_schedule(5, 2.0).tolist() == pytest.approx([9 / 16, 4 / 16, 1 / 16, 0.0])
     assert step_schedule(6, 0.0).tolist() == [1.0] * 5              # also at t = T, where 0^0 stands
     assert step_schedule(1, 1.0).tolist() == []
+
+
+def test_the_official_schedule_ends_at_one_over_T():
+    torch.testing.assert_close(step_schedule(5, 1, official=True), torch.tensor([0.8, 0.6, 0.4, 0.2]))
+    assert torch.equal(step_schedule(5, 0, official=True), torch.ones(4))
 
 
 def test_noise_of_a_sample_depends_on_seed_and_index_alone():

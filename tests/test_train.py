@@ -1,8 +1,11 @@
+import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import models
 import train
 from conftest import ROOT, TINY, TINY_FLAGS, one_line
 from losses import lpips_vgg, sphere_encoder_loss
@@ -325,32 +329,124 @@ def test_a_log_that_is_none_is_refused(unbroken, tmp_path, capsys):
 # ---- processes ----
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 def torchrun(processes, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", ROOT / "train.py"]
+    command = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
-    """The digits preset but for its length, continued for 20 iterations from a trained checkpoint."""
+@pytest.fixture(scope="module")
+def at_40_of_60(tmp_path_factory):
+    """The digits preset but for its length, at iteration 40, and the log of its 20 iterations to come."""
+    folder = tmp_path_factory.mktemp("trained")
     preset = replace(PRESETS["digits"], iterations=60, checkpoint_every=40, log_every=1, picture_every=0)
     whole = train.save_checkpoint
 
     def keep(path, checkpoint):
         whole(path, checkpoint)
         if checkpoint["step"] == 40:
-            shutil.copytree(path.parent, tmp_path / "two")
+            shutil.copytree(path.parent, folder / "at 40")
 
-    monkeypatch.setattr(train, "save_checkpoint", keep)
-    train.train(preset, tmp_path / "one", seed=11, device="cpu")
-    result = torchrun(2, "--out", tmp_path / "two", "--resume", "--device", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", keep)
+        train.train(preset, folder / "whole", seed=11, device="cpu")
+    log = log_lines(folder / "whole")[40:]
+    assert len(log) == 20 and log[0]["con_l1"] > 1e-4                      # trained: noise makes a difference
+    return folder / "at 40", log
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_losses(folder, log, tolerance):
+    lines = log_lines(folder)[40:]
+    assert len(lines) == len(log)
+    for a, b in zip(lines, log):
+        assert a == pytest.approx(b, rel=0, abs=tolerance)
+
+
+def test_two_processes_give_the_losses_of_one(at_40_of_60, tmp_path):
+    start, log = at_40_of_60
+    shutil.copytree(start, tmp_path / "two")
+    result = torchrun(2, "--out", tmp_path / "two", "--resume", "--device", "cpu", "--accumulate", "2")
     assert result.returncode == 0, result.stderr
-    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[40:]]
-                for name in ("one", "two"))
-    assert len(one) == len(two) == 20 and one[0]["con_l1"] > 1e-4          # trained: noise makes a difference
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=0, abs=1e-5)
+    assert_same_losses(tmp_path / "two", log, 1e-5)
+
+
+def test_two_nodes_of_one_process_give_the_losses_of_one(at_40_of_60, tmp_path):
+    start, log = at_40_of_60
+    shutil.copytree(start, tmp_path / "nodes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [subprocess.Popen(
+        [*TORCHRUN, "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+         f"--master_port={port}", ROOT / "train.py", "--out", tmp_path / "nodes", "--resume", "--device",
+         "cpu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for node in (0, 1)]
+    for node in nodes:
+        assert node.wait(timeout=120) == 0, node.communicate()[0]
+    assert_same_losses(tmp_path / "nodes", log, 1e-5)
+
+
+def test_accumulated_micro_batches_are_one_large_batch(at_40_of_60, tmp_path):
+    start, log = at_40_of_60
+    shutil.copytree(start, tmp_path / "four")
+    main(["--out", str(tmp_path / "four"), "--resume", "--accumulate", "4", "--device", "cpu"])
+    assert_same_losses(tmp_path / "four", log, 1e-5)
+
+
+def test_activation_checkpointing_changes_no_loss(at_40_of_60, tmp_path, monkeypatch):
+    start, log = at_40_of_60
+    shutil.copytree(start, tmp_path / "again")
+    calls, whole = [], models.checkpoint
+    monkeypatch.setattr(models, "checkpoint", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    main(["--out", str(tmp_path / "again"), "--resume", "--activation-checkpointing", "--device", "cpu"])
+    assert_same_losses(tmp_path / "again", log, 1e-6)
+    assert len(calls) == 20 * (1 + 3 + 1)               # every block of E, D and E again, in every iteration
+
+
+def test_a_compiled_objective_gives_the_same_losses_and_checkpoint_names(trained, tmp_path, monkeypatch):
+    """As one graph without breaks; by a backend that needs no compiler, since inductor takes minutes here."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(train.Objective, "compile", lambda self, **options: torch.nn.Module.compile(
+        self, backend=backend, fullgraph=True, **options))
+    main(["--out", str(tmp_path / "run"), *TINY_FLAGS, "--seed", "3", "--compile", "--device", "cpu",
+          "--activation-checkpointing"])
+    assert len(calls) == 1
+    for a, b in zip(log_lines(tmp_path / "run"), log_lines(trained.parent)):
+        assert a == pytest.approx(b, rel=0, abs=1e-6)
+    plain, compiled = (read_checkpoint(path) for path in (trained, tmp_path / "run" / "last.pt"))
+    assert compiled["model"].keys() == plain["model"].keys() and compiled["ema"].keys() == plain["ema"].keys()
+
+
+def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
+    seen, whole = [], train.Objective.forward
+
+    def look(self, x, *rest):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        loss, parts = whole(self, x, *rest)
+        assert loss.dtype == torch.float32 and all(part.dtype == torch.float32 for part in parts.values())
+        return loss, parts
+
+    monkeypatch.setattr(train.Objective, "forward", look)
+    runs = {name: train.train(replace(TINY, precision=name), tmp_path / name, seed=3, device="cpu").parent
+            for name in ("auto", "float32", "bf16")}
+    assert seen == [False] * 12 + [True] * 6
+    assert log_lines(runs["auto"]) == log_lines(runs["float32"])
+    for a, b in zip(log_lines(runs["bf16"]), log_lines(runs["float32"])):
+        assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    stored = read_checkpoint(runs["bf16"] / "last.pt")
+    assert all(tensor.dtype == torch.float32 for part in ("model", "ema") for tensor in stored[part].values())
 
 
 def test_two_processes_evaluate_as_one(trained):
@@ -513,6 +609,98 @@ def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
     assert image.double().mean() == 255 * (28 / 32) ** 2
 
 
+def test_cifar10_is_read_from_its_unpacked_files(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    for name, content in (("train", {"data": pixels, "labels": [0, 1, 2, 3, 4, 9]}),
+                          ("test", {"data": pixels[:2], "labels": [5, 6]}),
+                          ("meta", {"label_names": list("abcdefghij")})):
+        (folder / name).write_bytes(pickle.dumps(content))
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
+    monkeypatch.setattr(CIFAR10, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": md5["meta"]})
+    data, held_out, names = load_data(replace(PRESETS["cifar10"], data=str(tmp_path)))
+    assert (len(data), len(held_out), names) == (6, 2, list("abcdefghij"))
+    assert data.targets == [0, 1, 2, 3, 4, 9]
+    for i in range(6):
+        assert np.array_equal(data[i][0], pixels[i].reshape(3, 32, 32)) and data[i][1] == data.targets[i]
+
+
+def test_flowers102_trains_on_all_its_images_with_labels_from_0(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import Flowers102
+    folder = tmp_path / "flowers-102"
+    (folder / "jpg").mkdir(parents=True)
+    for i in range(1, 6):
+        Image.new("RGB", (30, 20), (50 * i, 0, 0)).save(folder / "jpg" / f"image_{i:05d}.jpg", quality=95)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[77, 1, 102, 2, 3]])})
+    savemat(folder / "setid.mat", {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 5]]})
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
+    data, held_out, names = load_data(replace(PRESETS["flowers102"], data=str(tmp_path), image_size=16))
+    assert len(data) == 5 and data.targets == (76, 0, 101, 1, 2) and held_out is None and len(names) == 102
+    assert data[3][0].shape == (3, 16, 16) and abs(int(data[3][0][0, 8, 8]) - 200) < 4 and data[3][1] == 1
+
+
+def test_animal_faces_trains_on_both_its_splits_and_imagenet_on_one(folder, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "set" / split)
+    faces, none, _ = load_data(replace(PRESETS["animal-faces"], data=str(tmp_path / "set"), image_size=16))
+    train_set, held_out, _ = load_data(replace(PRESETS["imagenet-l"], data=str(tmp_path / "set")))
+    assert (len(faces), none, len(train_set), len(held_out)) == (24, None, 12, 12)
+    assert faces.targets == train_set.targets + held_out.targets
+
+
+def test_images_are_resized_by_the_shorter_side_and_cropped_at_the_centre(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255                                                  # the central square is white
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    image, label = train.ImageFiles([(str(tmp_path / "wide.png"), 4)], 10)[0]
+    assert image.shape == (3, 10, 10) and label == 4 and image[:, :, 1:-1].min() > 250
+
+
+# ---- presets ----
+
+
+SIZES_IN_PAPER = {  # preset: parameters of the released model of that size
+    "cifar10": 921_569_387, "cifar10-uncond": 615_061_611, "animal-faces": 642_148_324,
+    "flowers102": 948_844_516, "imagenet-l": 950_354_532, "imagenet-xl": 1_388_922_404,
+    "cifar10-base": 263_818_155, "imagenet-base": 287_914_916,
+}
+
+
+def test_the_list_has_every_preset_with_its_exact_size_and_cost(capsys):
+    main(["--list"])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows.keys() >= PRESETS.keys()
+    assert {name: int(rows[name][5].replace(",", "")) for name in SIZES_IN_PAPER} == SIZES_IN_PAPER
+    assert rows["imagenet-xl"][1:5] == ["256", "8", "1024", "65536"]
+    assert float(rows["imagenet-xl"][9]) == pytest.approx(7610, abs=1)                  # GFLOPs of 4 steps
+    assert rows["imagenet-ablation"][1:5] == ["256", "16", "256", "65536"]
+    assert rows["animal-faces"][4] == rows["flowers102"][4] == "131072" and rows["cifar10"][4] == "2048"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_its_network_keeps_shapes(name):
+    preset = PRESETS[name]
+    train.check_preset(preset, 1, 1)
+    with torch.device("meta"):
+        model = train.build_model(preset, [str(k) for k in range(train.DATASETS[preset.dataset][0])])
+        z = model.encode(torch.empty(1, 3, preset.image_size, preset.image_size))
+        assert z.shape == (1, (preset.image_size // preset.patch_size) ** 2, preset.latent_dim)
+        assert model.decode(z).shape == (1, 3, preset.image_size, preset.image_size)
+
+
+def test_the_length_given_replaces_the_length_of_the_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda preset, *rest, **speed: seen.append(preset))
+    main(["--preset", "cifar10", "--iterations", "9"])
+    main(["--preset", "digits", "--epochs", "2.5"])
+    assert [(p.epochs, p.iterations) for p in seen] == [(0, 9), (2.5, 0)]
+
+
 # ---- evaluation ----
 
 
@@ -572,7 +760,15 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--betas", "0.9,1"], "1.0"), (["--evaluate", "nowhere.pt"], "drop --out"), (["--workers", "-1"], "-1"),
     (["--steps", "5000"], "--iterations"), (["--count", "3"], "--count"), (["--cfg", "2"], "--cfg"),
     (["--encoder-size", "16,1"], "(16, 1)"), (["--image-size", "1", "--patch-size", "1"], "pixel head"),
-    (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"),
+    (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"), (["--precision", "fp8"], "fp8"),
+    (["--accumulate", "3"], "1 x 3"), (["--accumulate", "0"], "--accumulate"),
+    (["--preset", "cifar10", "--epochs", "0"], "--epochs"), (["--warmup", "50"], "50"),
+    (["--epochs", "3", "--iterations", "4"], "3 and 4"),
+    (["--preset", "cifar10", "--data", "no"], "cifar-10-batches-py"),
+    (["--preset", "flowers102", "--data", "no"], "imagelabels.mat"),
+    (["--preset", "animal-faces", "--data", "no"], "cat/, dog/ and wild/"),
+    (["--preset", "imagenet-l", "--data", "no"], "1,000 folders"),
+    (["--preset", "fashion-mnist", "--data", "no"], "dataset-fashion-mnist"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
     out = tmp_path / "run"
