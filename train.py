@@ -418,7 +418,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                                              perceptual_weights)
         total = total_iterations(preset, len(data))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hashed(seed, 2))
+            torch.default_generator.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names).to(device)
         if checkpoint:
             trained_on = checkpoint["images"], checkpoint["class_names"]
