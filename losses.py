@@ -105,45 +105,57 @@ CONVNEXT_SMALL = "https://download.pytorch.org/models/convnext_small-0c510722.pt
 def perceptual_distance(name, folder=None):
     """The perceptual distance of SE Sec. 2.3, frozen: a callable on two images, one distance per image.
 
-    name     "lpips-vgg", the paper's; "lpips-convnext", the official code's; or "none"
+    name     "lpips-vgg": the paper speaks of features of a static VGG (LPIPS assumed, as in the official
+             code); "lpips-convnext": the official code's; or "none"
     folder   of the files vgg16-397923af.pth and convnext_small-0c510722.pth; None: torch.hub's cache, into
              which they are downloaded
-    returns  a module: two [B, 3, H, W] in [-1, 1], at least 16 pixels wide and high -> B distances; or None
+    returns  a module: two [B, 3, H, W] in [-1, 1], at least 16 pixels wide and high -> [B]; or None
     Raises FileNotFoundError or ValueError, naming the file, if weights are missing or damaged.
     """
     if name == "none":
         return None
-    network = lpips_vgg(pretrained(VGG16, folder))
+    network = LPIPS(pretrained(VGG16, folder))
     if name == "lpips-convnext":
         network = LPIPSConvNeXt(network, pretrained(CONVNEXT_SMALL, folder))
     return network.requires_grad_(False).eval()
 
 
-def lpips_vgg(vgg=None):
+class LPIPS(nn.Module):
     """LPIPS on VGG-16, from the package lpips, whose learned heads are the released system's, byte for byte.
 
-    vgg      state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random,
-             for tests
-    returns  a module: two [B, 3, H, W] in [-1, 1] -> [B, 1, 1, 1]
+    vgg  state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random, for
+         tests
+    The trunk may run in bf16; distances of its features are float32 (in the package they would not be).
     """
-    import lpips
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")      # lpips 0.1.4 uses its old argument names
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    if vgg is not None:
-        network.net.load_state_dict({f"{part}.{i}.{name}": vgg[f"features.{i}.{name}"]
-                                     for part, layers in network.net.named_children()
-                                     for i, layer in layers.named_children()
-                                     for name, _ in layer.named_parameters()})
-    # Under autocast the trunk runs in bf16, but differences of its features are taken in float32.
-    network.net.register_forward_hook(lambda _, x, features: features._make(map(at_least_float32, features)))
-    return network
+
+    def __init__(self, vgg=None):
+        super().__init__()
+        import lpips
+        self.normalize = lpips.normalize_tensor                                 # to unit length over channels
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torchvision")  # lpips 0.1.4 uses its old argument names
+            self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if vgg is not None:
+            trunk = self.network.net
+            trunk.load_state_dict({f"{part}.{i}.{name}": vgg[f"features.{i}.{name}"]
+                                   for part, layers in trunk.named_children()
+                                   for i, layer in layers.named_children()
+                                   for name, _ in layer.named_parameters()})
+
+    def forward(self, a, b):
+        a_features, b_features = (self.network.net(self.network.scaling_layer(x)) for x in (a, b))
+        distance = 0
+        with torch.autocast(a.device.type, enabled=False):
+            for head, *pair in zip(self.network.lins, a_features, b_features):
+                f, g = (self.normalize(at_least_float32(features)) for features in pair)    # [B, C, h, w]
+                distance = distance + head((f - g).square()).mean((1, 2, 3))
+        return distance                                                                           # [B]
 
 
 class LPIPSConvNeXt(nn.Module):
     """(LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1, with which the official code trains; the paper names VGG.
 
-    lpips     lpips_vgg
+    lpips     LPIPS
     convnext  state dict of torchvision's convnext_small; None leaves it random, for tests
     """
 
@@ -158,7 +170,7 @@ class LPIPSConvNeXt(nn.Module):
 
     def forward(self, a, b):
         a_logits, b_logits = (self._logits(x).float() for x in (a, b))                             # [B, 1000]
-        return (self.lpips(a, b).flatten() + 0.1 * (a_logits - b_logits).square().mean(1)) / 1.1        # [B]
+        return (self.lpips(a, b) + 0.1 * (a_logits - b_logits).square().mean(1)) / 1.1                  # [B]
 
     def _logits(self, x):
         x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)

@@ -145,10 +145,13 @@ class ViT(nn.Module):
                 x = block(x, c, self.rope)
         return self.ffn(x, c)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # A table that the model computes need not stand in a file.
-        state_dict.setdefault(prefix + "pos_embed", self.pos_embed.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        # A table that the model computes need not stand in a file, and must not be another grid's.
+        table = state_dict.setdefault(prefix + "pos_embed", self.pos_embed.detach())
+        if table.shape == self.pos_embed.shape and not torch.allclose(table.to(self.pos_embed),
+                                                                      self.pos_embed, rtol=0, atol=1e-5):
+            errors.append(f"{prefix}pos_embed is not the sin-cos table of this model's grid")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def initialize(self):
         """Inits of the released system: Xavier, and zero where a layer must begin as the identity."""
@@ -428,14 +431,16 @@ def convert_official(state_dict):
     returns     {name: tensor} with our names, in float32
 
     Dropped: the prefixes of wrappers (DDP, torch.compile, checkpointing) and RoPE buffers. A given pos_embed
-    must equal the table that the model computes, to 1e-5; an absent one is no error. Tensors on the meta
-    device are converted by name and shape alone.
-    Raises ValueError naming every key that is unknown, missing, of another shape or not of floats. The sizes
-    are read off the weights: that they are those of your model, only loading them can tell.
+    must equal the table that the model computes, to 1e-5 (or to the precision of its dtype); an absent one is
+    no error. Tensors on the meta device are converted by name and shape alone.
+    Raises ValueError naming the keys, the first ten, that are unknown, missing, of another shape or not of
+    floats. The sizes are read off the weights: that they are those of your model, only loading can tell.
     """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"expected a dictionary of weights, got {type(state_dict).__name__}")
     weights, problems = {}, {}
     for name, tensor in state_dict.items():
-        short = re.sub(r"(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module)\.", "", name)
+        short = re.sub(r"(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module)\.", "", str(name))
         if short in ("encoder.rope", "decoder.rope"):
             continue
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -444,9 +449,12 @@ def convert_official(state_dict):
             problems[short] = "is given twice"
         else:
             is_gate = re.search(r"\.alpha[12]$", short) and tensor.ndim == 0             # as in older files
-            weights[short] = tensor.float().reshape(1) if is_gate else tensor.float()
+            weights[short] = tensor.reshape(1) if is_gate else tensor
 
-    model = _model_of(weights)
+    try:
+        model = _model_of(weights)
+    except ValueError as error:
+        raise ValueError(f"not the weights of a released Sphere Encoder: {error}") from None
     expected = {_official_name(name, model): (name, tensor.shape)
                 for name, tensor in model.state_dict().items()}
     for name in expected.keys() - weights.keys() - problems.keys():
@@ -457,14 +465,19 @@ def convert_official(state_dict):
             problems[name] = "is unknown"
         elif tensor.shape != expected[name][1]:
             problems[name] = f"is {list(tensor.shape)} instead of {list(expected[name][1])}"
-        elif name.endswith("pos_embed") and not tensor.is_meta and not _is_sincos(tensor[0]):
-            problems[name] = "is not the sin-cos table"
+        elif name.endswith("pos_embed"):
+            weights[name] = _exact_table(tensor)
+            if weights[name] is None:
+                problems[name] = "is not the sin-cos table"
+    tables = [name for name in weights if "y_embedder" in name]
+    if len({len(weights[name]) for name in tables}) > 1:                # no majority can tell which is right
+        problems |= {name: f"has {len(weights[name])} rows, unlike the other one" for name in tables}
     if problems:
         missing_last = sorted(problems.items(), key=lambda item: (item[1] == "is missing", item))
         named = [f"{name} {problem}" for name, problem in missing_last]
         more = f" and {len(named) - 10} more" if len(named) > 10 else ""
         raise ValueError(f"not the weights of a released Sphere Encoder: {', '.join(named[:10])}{more}")
-    return {expected[name][0]: tensor for name, tensor in weights.items()}
+    return {expected[name][0]: tensor.float() for name, tensor in weights.items()}
 
 
 def convert_official_config(cfg):
@@ -536,14 +549,19 @@ def _model_of(weights):
     Every size is what most of the tensors that show it say, so that a single wrong one is found as wrong.
     """
     def size(*witnesses):
-        votes = Counter(tensor.shape[dim] for pattern, dim in witnesses for name, tensor in weights.items()
+        votes = Counter(translate[0](tensor.shape[dim]) if translate else tensor.shape[dim]
+                        for pattern, dim, *translate in witnesses for name, tensor in weights.items()
                         if re.match(pattern, name) and -tensor.ndim <= dim < tensor.ndim)
-        return votes.most_common(1)[0][0] if votes else 4          # any size will do to list what is missing
+        # At least 1, and any size will do to list what is missing.
+        return max(1, votes.most_common(1)[0][0]) if votes else 4
 
     def depth(prefix):
         return len({match[1] for name in weights if (match := re.match(prefix + r"\.blocks\.(\d+)\.", name))})
 
-    patch_size = size((r"encoder\.x_embedder\.0\.", 2), (r"encoder\.x_embedder\.0\.", 3))
+    conv_head = size((r"decoder\.out\.2\.", 0), (r"decoder\.out\.2\.", 1)) == CONV_HEAD_CHANNELS
+    seen_by_head = ([(r"decoder\.out\.4\.weight", dim, lambda kernel: kernel - 2) for dim in (2, 3)]
+                    if conv_head else [(r"decoder\.ffn\.linear\.", 0, lambda out: math.isqrt(out // 3))])
+    patch_size = size(*((r"encoder\.x_embedder\.0\.", dim) for dim in (2, 3)), *seen_by_head)
     tokens = size((r".*\.pos_embed", 1), (r".*\.tok_mixer\.", 0))
     rows = max(h for h in range(1, math.isqrt(tokens) + 1) if tokens % h == 0)
     conditional = any("adaLN_modulation" in name for name in weights)
@@ -557,11 +575,16 @@ def _model_of(weights):
             num_classes=size((r".*\.y_embedder\.", 0)) - 1 if conditional else 0,
             encoder_size=encoder_size, decoder_size=decoder_size,
             mixer_depth=max(depth(r"encoder\.out"), depth(r"decoder\.x_embedder\.1")),
-            pixel_head="conv" if any("decoder.out.4" in name for name in weights) else "linear")
+            pixel_head="conv" if conv_head else "linear")
 
 
-def _is_sincos(table):
-    """Whether table [N, D] is the sin-cos table of any grid of N tokens."""
-    N, width = table.shape
-    return any((sincos_table((h, N // h), width) - table).abs().max() <= 1e-5
-               for h in range(1, N + 1) if N % h == 0)
+def _exact_table(table):
+    """The sin-cos table of the grid that a given one [1, N, D] agrees with, or None; on meta, as given."""
+    if table.is_meta:
+        return table
+    _, N, width = table.shape
+    with torch.device("cpu"):
+        for exact in (sincos_table((h, N // h), width)[None] for h in range(1, N + 1) if N % h == 0):
+            if (exact.to(table.dtype).float() - table.cpu().float()).abs().max() <= 1e-5:
+                return exact
+    return None

@@ -266,8 +266,9 @@ def pick_device(name):
     """Device of a name; of None, the GPU if there is one. Raises ValueError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        return probe.device                             # "cuda" became "cuda:0"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 

@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 
@@ -107,7 +109,8 @@ CIFAR10 = Preset(
 AT_256 = Preset(
     image_size=256, patch_size=8, encoder_size="large", decoder_size="large",       # paper Sec. 3.2, Table 5
     mixer_depth=4, pixel_head="linear",                                     # paper Sec. 2.4; script
-    alpha_max=85.0, alpha_hard=89.0)                                        # paper Sec. 6, C.2
+    alpha_max=85.0, alpha_hard=89.0,                                        # paper Sec. 6, C.2
+    log_every=10)
 ANIMAL_FACES = replace(
     AT_256, dataset="animal-faces", data="data/afhq", conditional=False,    # paper Sec. 3.2
     latent_dim=128, epochs=1000,                                            # paper Sec. 3.2: L = 32^2 x 128
@@ -120,6 +123,7 @@ IMAGENET = replace(
     latent_dim=64, epochs=800,                                              # paper Sec. 3.2: L = 32^2 x 64
     weights=(50.0, 1.0, 25.0, 1.0, 0.1), warmup=5 / 800)                    # script
 BASE = {"encoder_size": "base", "decoder_size": "base"}
+SCRIPT = {**BASE, "perceptual": "lpips-convnext", "stratified": True, "official_hard": True}
 
 # "paper": arXiv 2602.15030. "script": what the official code's scripts and defaults set.
 PRESETS = {
@@ -146,11 +150,12 @@ PRESETS = {
     "imagenet-xl": replace(IMAGENET, encoder_size="xlarge", decoder_size="xlarge"),          # paper Sec. 3.2
     # The model of the paper's ablations, Sec. 6: L = 16^2 x 256. Assumed to share all else with imagenet-l.
     "imagenet-ablation": replace(IMAGENET, patch_size=16, latent_dim=256, epochs=200, warmup=5 / 200, **BASE),
-    # What the official scripts train as they stand: base models, where the paper's are large.
-    "cifar10-base": replace(CIFAR10, **BASE),
-    "animal-faces-base": replace(ANIMAL_FACES, **BASE),
-    "flowers102-base": replace(FLOWERS102, **BASE),
-    "imagenet-base": replace(IMAGENET, **BASE),
+    # What the official scripts train as they stand: base models, where the paper's are large, on their noise
+    # and perceptual distance.
+    "cifar10-base": replace(CIFAR10, **SCRIPT),
+    "animal-faces-base": replace(ANIMAL_FACES, **SCRIPT),
+    "flowers102-base": replace(FLOWERS102, **SCRIPT),
+    "imagenet-base": replace(IMAGENET, **SCRIPT),
     # Any folder of class folders; all of it ours.
     "folder": Preset(iterations=100_000),
 }
@@ -224,13 +229,17 @@ def _load_data(dataset, root, S):
         return ImageFiles(files, S), None, [str(k) for k in range(1, 103)]
 
     from torchvision.datasets import ImageFolder
-    train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
+    split = (root / "train").is_dir() or dataset != "folder"
+    train = ImageFolder(root / "train" if split else root)
     held_out = next((ImageFolder(root / name) for name in ("val", "test")
-                     if (root / "train").is_dir() and (root / name).is_dir()), None)
+                     if split and (root / name).is_dir()), None)
+    if dataset != "folder" and not (len(train.classes) == DATASETS[dataset][0] and held_out):
+        raise ValueError(f"{root}: expected {DATASETS[dataset][1]}; found {len(train.classes)} folders in "
+                         f"train/ and {'a' if held_out else 'no'} val/ or test/; --preset folder takes any")
     if held_out and held_out.classes != train.classes:
         raise ValueError(f"{held_out.root}: its class folders differ from those of {train.root}")
     if dataset == "animal-faces":
-        return ImageFiles(train.samples + (held_out.samples if held_out else []), S), None, train.classes
+        return ImageFiles(train.samples + held_out.samples, S), None, train.classes
     return ImageFiles(train.samples, S), ImageFiles(held_out.samples, S) if held_out else None, train.classes
 
 
@@ -272,14 +281,13 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of
     step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
     """
-    order = {}
+    @lru_cache(maxsize=2)
+    def order(epoch):
+        return torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist()
+
     for step in steps:
-        batch = range(step * batch_size, (step + 1) * batch_size)
-        places = [divmod(position, size) for position in batch[mine]]                        # (epoch, offset)
-        epochs = {epoch for epoch, _ in places}
-        order = {epoch: order[epoch] if epoch in order else
-                 torch.randperm(size, generator=seeded(seed, 0, epoch)) for epoch in epochs}
-        yield [order[epoch][offset].item() for epoch, offset in places]
+        positions = range(step * batch_size, (step + 1) * batch_size)[mine]
+        yield [order(position // size)[position % size] for position in positions]
 
 
 # ---- Randomness --------------------------------------------------------------------------------------------
@@ -347,12 +355,10 @@ def build_model(preset, class_names):
 
 def build_optimizer(model, preset):
     """AdamW in four groups: encoder and decoder, each with matrices (decayed) and the rest (not decayed)."""
-    groups = []
-    for network, scale in ((model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)):
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        for members, decay in (([p for p in parameters if p.ndim > 1], preset.weight_decay),
-                               ([p for p in parameters if p.ndim <= 1], 0.0)):
-            groups.append({"params": members, "weight_decay": decay, "lr_scale": scale})
+    groups = [{"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
+               "weight_decay": preset.weight_decay * matrices, "lr_scale": scale}
+              for network, scale in ((model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0))
+              for matrices in (True, False)]
     return torch.optim.AdamW(groups, lr=preset.lr, betas=tuple(preset.betas), fused=True)
 
 
@@ -412,10 +418,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     with process_group(device) as device, interruptible() as interrupted:
 
         # Data, model and its average, optimizer
-        with one_process_first():
-            data, held_out, class_names = load_data(preset)
-            perceptual = perceptual_distance(preset.perceptual if any(preset.weights[1::2]) else "none",
-                                             perceptual_weights)
+        data, held_out, class_names = first_process_first(lambda: load_data(preset))
+        perceptual = first_process_first(lambda: perceptual_distance(
+            preset.perceptual if any(preset.weights[1::2]) else "none", perceptual_weights))
         total = total_iterations(preset, len(data))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hashed(seed, 2))
@@ -432,8 +437,11 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in signature(ddp).parameters              # since torch 2.15
             objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None,
+                            gradient_as_bucket_view=True,
                             **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
         if compile:
+            # Its DDP optimizer refuses activation checkpointing in some versions of torch.
+            torch._dynamo.config.optimize_ddp = not activation_checkpointing
             objective.compile(dynamic=False)            # in place: parameters keep their names
         on_gpu = device.type == "cuda"
         bf16 = preset.precision == "bf16" or preset.precision == "auto" and on_gpu
@@ -489,7 +497,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 optimizer.zero_grad()
                 rows = []
                 for m in micro_batches:                     # the loss is a mean, and they are equally large
-                    waits = world > 1 and m is not micro_batches[-1]            # gradients meet at the last one
+                    waits = world > 1 and m is not micro_batches[-1]        # gradients meet at the last one
                     with objective.no_sync() if waits else contextlib.nullcontext():
                         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                             loss, parts = objective(x[m], y[:, m], sigma[m], sigma_sub[m], e[m])
@@ -641,22 +649,38 @@ def process_group(device):
     if world == 1:
         yield device
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Others wait while the first process downloads or scans data, or saves; NCCL's 10 minutes can be too few.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield device
+    except (ValueError, OSError) as error:
+        error.of_one_process = not isinstance(error, SharedError)
+        raise
     finally:
         distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def one_process_first():
-    """Let the first process of each machine go ahead: it downloads what is missing, the others find it."""
-    waits = distributed.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
-    if waits:
-        distributed.barrier()
-    yield
-    if distributed.is_initialized() and not waits:
-        distributed.barrier()
+class SharedError(ValueError):
+    """A mistake that all processes raise together, so that one of them reports it."""
+
+
+def first_process_first(action):
+    """What an action returns. The first process of each machine goes ahead: it downloads what is missing, the
+    others find it. An error of one is raised by all."""
+    if not distributed.is_initialized():
+        return action()
+    result = None
+    for first in (True, False):
+        error, errors = None, [None] * distributed.get_world_size()
+        if first == (int(os.environ["LOCAL_RANK"]) == 0):
+            try:
+                result = action()
+            except (ValueError, OSError) as raised:
+                error = str(raised)
+        distributed.all_gather_object(errors, error)
+        if any(errors):
+            raise SharedError(next(filter(None, errors)))
+    return result
 
 
 def any_process(flag, device):
@@ -752,16 +776,15 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
         model = build(checkpoint, path).to(device)
-        with one_process_first():
-            train_set, held_out, class_names = load_data(preset)
+        train_set, held_out, class_names = first_process_first(lambda: load_data(preset))
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
-        train_images, train_labels = stacked(train_set, limit)
         y = torch.arange(count) % max(model.num_classes, 1)
         samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
         if process_rank()[0] > 0:
             return {}
+        train_images, train_labels = stacked(train_set, limit)
         grey = bool((train_images == train_images[:, :1]).all())
         real = pixel_features(train_images, grey)
         columns = {steps_label(T): (pixel_features(images, grey), y) for T, images in samples.items()}
@@ -782,9 +805,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
         scale = nearest.get("real held-out")
         rows["nearest" if scale else "nearest (absolute)"] = {k: v / (scale or 1) for k, v in nearest.items()}
         if held_out is not None:
-            x = to_float(images)
-            error = torch.cat([(reconstruct(model, part.to(device)).cpu() - part).square().mean((1, 2, 3))
-                               for part in x.split(100)])
+            parts = (to_float(part).to(device) for part in images.split(100))
+            error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
     return rows
 
@@ -811,9 +833,12 @@ def stacked(data, limit):
 
 def pixel_features(images, grey):
     """uint8 [n, 3, H, W] -> float64 [n, D], pixels in [-1, 1]; see evaluate."""
-    x = to_float(images, torch.float64)
-    x = x.mean(1, keepdim=True) if grey else x
-    return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
+    features = []
+    for part in images.split(256):
+        x = to_float(part, torch.float64)
+        x = x.mean(1, keepdim=True) if grey else x
+        features.append(F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1))
+    return torch.cat(features)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -821,9 +846,10 @@ def pixel_features(images, grey):
 
 def main(argv=None):
     parser = Parser("train.py", __doc__)
+    parser.argument_default = argparse.SUPPRESS             # so that only what is given is there afterwards
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="settings to start from (default digits)")
-    run.add_argument("--out", help="folder of the run (default out/PRESET)")
+    run.add_argument("--out", type=Path, help="folder of the run (default out/PRESET)")
     run.add_argument("--seed", type=int, help="of the training, or of the samples to evaluate (default 0)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, exactly")
     run.add_argument("--device", help="default cuda if there is one, else cpu")
@@ -849,44 +875,43 @@ def main(argv=None):
         else:
             kind = FIELD_TYPES[f.type]
             settings.add_argument(name, type=kind, help=text, metavar=kind.__name__)
-    args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
-    changes = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
+    given = vars(parser.parse_args(argv))
     try:
-        judging = {"count", "steps", "cfg"}
-        misplaced = (given.keys() | changes.keys()) - judging - {"evaluate", "seed", "device", "data"}
-        if args.evaluate and misplaced:
-            raise ValueError(f"--evaluate takes its settings from the checkpoint; "
-                             f"drop {flag(min(misplaced))}")
-        if args.evaluate:
-            chosen = {name: given[name] for name in judging | {"seed", "data", "device"} if name in given}
-            print_table(args.evaluate, chosen, evaluate(args.evaluate, **chosen))
-            return
-        if judging & given.keys():
-            raise ValueError(f"{flag(min(judging & given.keys()))} belongs to --evaluate; "
-                             f"the length of a training is --iterations")
-        if args.list:
+        if "list" in given:
             list_presets()
-            return
-        out = Path(args.out or f"out/{args.preset or 'digits'}")
-        preset, seed = PRESETS[args.preset or "digits"], args.seed or 0
-        if args.resume and (out / "last.pt").exists():      # what is not given stays as the run has it
-            checkpoint = read_checkpoint(out / "last.pt")
-            preset = preset if args.preset else stored_preset(checkpoint, out / "last.pt")
-            seed = checkpoint["seed"] if args.seed is None else args.seed
-            del checkpoint
-        for length, other in (("epochs", "iterations"), ("iterations", "epochs")):
-            if length in changes and not args.resume:       # the length given replaces the preset's
-                changes.setdefault(other, 0)
-        speed_options = {name: given[name] for name in SPEED_OPTIONS if name in given}
-        train(replace(preset, **changes), out, seed, args.resume, args.device, **speed_options)
+        elif "evaluate" in given:
+            path = given.pop("evaluate")
+            if misplaced := given.keys() - {"seed", "data", "device", "count", "steps", "cfg"}:
+                raise ValueError(f"--evaluate takes its settings from the checkpoint; "
+                                 f"drop {flag(min(misplaced))}")
+            print_table(path, given, evaluate(path, **given))
+        elif misplaced := given.keys() & {"count", "steps", "cfg"}:
+            raise ValueError(f"{flag(min(misplaced))} belongs to --evaluate; the length of a training is "
+                             f"--iterations")
+        else:
+            train_as_told(**given)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of an image-reading process carries its traceback; the message is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        parser.exit(2, f"{parser.prog}: {line}\n" if process_rank()[0] == 0 else None)
+        speaks = process_rank()[0] == 0 or getattr(error, "of_one_process", False)
+        parser.exit(2, f"{parser.prog}: {line}\n" if speaks else None)
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted at once; the last checkpoint stands")
         return 130
+
+
+def train_as_told(preset=None, out=None, seed=None, resume=False, **given):
+    """Train with the options given; the rest is as the preset has it or, when resumed, as the run has it."""
+    changes = {f.name: given.pop(f.name) for f in fields(Preset) if f.name in given}
+    out = out or Path(f"out/{preset or 'digits'}")
+    settings = PRESETS[preset or "digits"]
+    if resume and (out / "last.pt").exists():
+        checkpoint = read_checkpoint(out / "last.pt")
+        settings = settings if preset else stored_preset(checkpoint, out / "last.pt")
+        seed = checkpoint["seed"] if seed is None else seed
+    elif changes.keys() & {"epochs", "iterations"}:         # the length given replaces the preset's
+        changes = {"epochs": 0, "iterations": 0} | changes
+    train(replace(settings, **changes), out, seed or 0, resume, **given)
 
 
 def list_presets():
@@ -948,7 +973,6 @@ def size(text):
     return ints(text) if "," in text else text
 
 
-SPEED_OPTIONS = ("workers", "accumulate", "activation_checkpointing", "compile", "perceptual_weights")
 FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
 
 

@@ -232,7 +232,7 @@ def test_lpips_uses_the_given_trunk(weights):
     torch.manual_seed(0)
     trunk, x = vgg16().features.eval(), rand(1, 3, 32, 32)
     network = losses.perceptual_distance("lpips-vgg", weights)
-    for layers, feature in zip((4, 9, 16, 23, 30), network.net(x)):
+    for layers, feature in zip((4, 9, 16, 23, 30), network.network.net(x)):
         torch.testing.assert_close(feature, trunk[:layers](x))
 
 
@@ -250,11 +250,20 @@ def test_the_official_distance_is_lpips_and_a_tenth_of_the_convnext_logits(weigh
     assert (distance - lpips / 1.1).abs().min() > 1e-6
 
 
-def test_under_autocast_features_are_compared_in_float32(weights):
+def test_lpips_is_that_of_its_package(weights):
     network = losses.perceptual_distance("lpips-vgg", weights)
+    a, b = rand(2, 3, 20, 24), rand(2, 3, 20, 24, seed=1)
+    torch.testing.assert_close(network(a, b), network.network(a, b).flatten())
+
+
+@pytest.mark.parametrize("name", ["lpips-vgg", "lpips-convnext"])
+def test_under_autocast_features_are_compared_in_float32(weights, name):
+    network, a, b = losses.perceptual_distance(name, weights), rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
+    dtypes, trunk = [], (network if name == "lpips-vgg" else network.lpips).network.net
+    trunk.register_forward_hook(lambda _, x, features: dtypes.extend(f.dtype for f in features))
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(feature.dtype == torch.float32 for feature in network.net(rand(1, 3, 16, 16)))
-        assert network.net.slice1(rand(1, 3, 16, 16)).dtype == torch.bfloat16
+        distance = network(a, b)
+    assert distance.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}
 
 
 def test_missing_weights_name_file_url_and_place(monkeypatch, tmp_path):

@@ -141,7 +141,7 @@ def released_layout(model):
 
 
 TINY_RELEASED = {
-    "linear": (16, 4, 5, 3, (16, 2, 2), (24, 3, 2), 2),
+    "linear": (32, 8, 5, 3, (16, 2, 2), (24, 3, 2), 2),
     "conv": (16, 4, 5, 3, (16, 2, 2), (24, 1, 2), 1, "conv"),
     "unconditional": (16, 4, 5, 0, (16, 1, 2), (24, 2, 2), 1),
     "no-mixers": (16, 4, 5, 3, (16, 1, 2), (16, 1, 2), 0),
@@ -175,8 +175,8 @@ def test_converted_weights_load_and_each_stands_in_its_place(name):
         assert model.decoder.x_embedder[0].weight.equal(weights["decoder.x_embedder.weight"])
     else:
         mixer = model.decoder.x_embedder[1].blocks[0]
-        name = "decoder.x_embedder.1.blocks.0.tok_mixer.mix.2.weight"
-        assert mixer.tok_mixer[2].weight.equal(weights[name])
+        key = "decoder.x_embedder.1.blocks.0.tok_mixer.mix.2.weight"
+        assert mixer.tok_mixer[2].weight.equal(weights[key])
         assert mixer.alpha2.equal(weights["decoder.x_embedder.1.blocks.0.alpha2"])
     if name == "conv":
         assert model.decoder.out.upsample.weight.equal(weights["decoder.out.4.weight"])
@@ -199,22 +199,41 @@ def test_wrappers_stray_buffers_old_gates_and_short_floats_are_understood():
     assert converted.keys() == plain.keys() - {"decoder.pos_embed"}
     assert all(tensor.dtype == torch.float32 and tensor.equal(plain[k]) for k, tensor in converted.items())
     model.load_state_dict(converted)                                        # the table is the model's own
-    weights.pop("encoder.pos_embed")
-    half = convert_official({key: tensor.bfloat16() for key, tensor in weights.items()})
-    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_cast_and_their_rounded_tables_made_exact(dtype):
+    model, weights = released()
+    converted = convert_official({key: tensor.to(dtype) for key, tensor in weights.items()})
+    assert all(tensor.dtype == torch.float32 for tensor in converted.values())
+    assert torch.equal(converted["encoder.pos_embed"], model.encoder.pos_embed)
+    model.load_state_dict(converted)
+
+
+def test_the_table_of_another_grid_is_refused_when_loaded():
+    model, weights = released()
+    weights["encoder.pos_embed"] = sincos_table((2, 8), 16)[None]            # 16 tokens too, but not 4 x 4
+    with pytest.raises(RuntimeError, match="encoder.pos_embed is not the sin-cos table of this model"):
+        model.load_state_dict(convert_official(weights))
 
 
 def corrupted(weights):
     """Name, released weights with one thing wrong, and what the refusal must say."""
     key = "decoder.blocks.1.attn.qkv.bias"
     change = lambda key, tensor: {**weights, key: tensor}
-    first, table = "encoder.x_embedder.0.weight", "decoder.pos_embed"
+    first, table, classes = ("encoder.x_embedder.0.weight", "decoder.pos_embed",
+                             "encoder.y_embedder.embedding_table.weight")
     half = dict(list(weights.items())[:len(weights) // 2])
     yield "missing", {k: t for k, t in weights.items() if k != key}, f"{key} is missing"
-    yield "missing patches", {k: t for k, t in weights.items() if k != first}, f"{first} is missing"
+    yield "missing patches", {k: t for k, t in weights.items() if k != first}, f"Encoder: {first} is missing"
+    yield "empty", {k: t[:0] for k, t in weights.items()}, "not the weights of"
+    yield "a number as name", change(3, torch.zeros(2)), "3 is unknown"
+    yield "no dictionary", list(weights), "got list"
     yield "extra", change("encoder.inctx_embed", torch.zeros(1, 4, 16)), "encoder.inctx_embed is unknown"
     yield "misshapen", change(key, torch.zeros(71)), f"{key} is [71] instead of [72]"
-    yield "transposed", change(first, weights[first].transpose(0, 1)), f"{first} is [3, 16, 4, 4] instead of"
+    yield "transposed", change(first, weights[first].transpose(0, 1)), f"{first} is [3, 16, 8, 8] instead of"
+    yield "classes", change(classes, weights[classes][1:]), f"{classes} has 3 rows"
+    yield "pixel head", change("decoder.out.4.bias", torch.zeros(3)), "Encoder: decoder.out.4.bias is unknown"
     yield "integer", change(key, weights[key].long()), f"{key} holds no floats but torch.int64"
     yield "no tensor", change(key, [1.0, 2.0]), f"{key} holds no floats but list"
     yield "table", change(table, weights[table] + 2e-5), f"{table} is not the sin-cos table"
@@ -232,7 +251,7 @@ def test_weights_that_are_not_the_released_ones_are_refused_by_name(bad, named):
 
 
 CFG = dict(
-    dataset_name="cifar-10", image_size=16, patch_size=4, token_channels=5, latent_resolution=4,
+    dataset_name="cifar-10", image_size=32, patch_size=8, token_channels=5, latent_resolution=4,
     num_classes=3, cond_generator=True, vit_enc_model_size="small", vit_dec_model_size="base",
     vit_enc_latent_mlp_mixer_depth=2, vit_dec_latent_mlp_mixer_depth=2, affine_latent_mlp_mixer=True,
     pixel_head_type="linear", noise_sigma_max_angle=85, mix_hard_cases_max_angle=89, in_context_size=0,
@@ -241,7 +260,7 @@ CFG = dict(
 
 def test_a_released_configuration_gives_the_models_arguments():
     assert convert_official_config(CFG) == dict(
-        image_size=16, patch_size=4, latent_dim=5, num_classes=3, encoder_size="small", decoder_size="base",
+        image_size=32, patch_size=8, latent_dim=5, num_classes=3, encoder_size="small", decoder_size="base",
         mixer_depth=2, pixel_head="linear", alpha_max=85.0)
     assert convert_official_config({**CFG, "cond_generator": False})["num_classes"] == 0
 

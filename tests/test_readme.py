@@ -1,5 +1,6 @@
 """The README's commands, names and tables are checked against the code."""
 
+import math
 import re
 import shlex
 
@@ -30,9 +31,12 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 
 @pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
 def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
+    command = next(command for command in COMMANDS if command.endswith(shlex.join(["train.py", *argv])))
+    processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command))
     calls = []
     monkeypatch.setattr(
-        train, "train", lambda preset, out, *rest, **speed: calls.append(train.check_preset(preset, 1, 1)))
+        train, "train", lambda preset, out, *rest, **given: calls.append(
+            train.check_preset(preset, processes, given.get("accumulate", 1))))
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     monkeypatch.setattr(train, "list_presets", lambda: calls.append("list"))
     assert train.main(argv) is None and len(calls) == 1
@@ -44,6 +48,15 @@ def test_readme_sampling_commands_draw(argv, trained, tmp_path):
     argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]   # the last one given counts
     sample.main(argv)
     assert (tmp_path / "out" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("argv", [argv for argv in arguments("sample.py") if "--config" in argv],
+                         ids=" ".join)
+def test_readme_command_for_released_weights_is_understood(argv, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "draw_samples", seen.append)
+    sample.main(argv)
+    assert seen[0].config == "cfg.json" and seen[0].official
 
 
 def test_every_function_and_test_that_the_readme_names_exists():

@@ -5,23 +5,25 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.error
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import models
 import train
 from conftest import ROOT, TINY, TINY_FLAGS, one_line
-from losses import lpips_vgg, sphere_encoder_loss
-from sample import load, read_checkpoint
+from losses import LPIPS, sphere_encoder_loss
+from sample import load, pick_device, read_checkpoint
 from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
                    update_ema)
 
@@ -110,7 +112,7 @@ def test_training_noise_of_a_sample_ignores_its_neighbours():
 def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
     """Three iterations by hand: data, flip, class drops, noise, loss, clipping, AdamW and average."""
     torch.manual_seed(0)
-    perceptual = lpips_vgg().requires_grad_(False).eval()
+    perceptual = LPIPS().requires_grad_(False).eval()
     monkeypatch.setattr(train, "perceptual_distance", lambda *name_and_folder: perceptual)
     preset = replace(TINY, iterations=3, flip=True, class_dropout=0.5, clip=0.01, weight_decay=0.3,
                      encoder_lr_scale=0.5, perceptual="lpips-vgg", weights=(2.0, 0.5, 1.0, 0.25, 0.1),
@@ -380,16 +382,14 @@ def test_two_processes_give_the_losses_of_one(at_40_of_60, tmp_path):
 def test_two_nodes_of_one_process_give_the_losses_of_one(at_40_of_60, tmp_path):
     start, log = at_40_of_60
     shutil.copytree(start, tmp_path / "nodes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 20_000 + os.getpid() % 10_000                # below the ports that other connections are given
     nodes = [subprocess.Popen(
         [*TORCHRUN, "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
          f"--master_port={port}", ROOT / "train.py", "--out", tmp_path / "nodes", "--resume", "--device",
          "cpu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         for node in (0, 1)]
-    for node in nodes:
-        assert node.wait(timeout=120) == 0, node.communicate()[0]
+    outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
     assert_same_losses(tmp_path / "nodes", log, 1e-5)
 
 
@@ -463,6 +463,32 @@ def test_one_process_reports_a_mistake_of_all(tmp_path):
     lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
     assert result.returncode != 0 and len(lines) == 1
     assert "--batch-size 7" in lines[0] and "2 x 1" in lines[0]
+
+
+def test_missing_data_are_reported_once_for_all_processes(tmp_path):
+    result = torchrun(2, "--out", tmp_path / "run", "--preset", "imagenet-l", "--data", tmp_path / "nowhere",
+                      "--device", "cpu")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode != 0 and len(lines) == 1 and "nowhere" in lines[0]
+    assert "in load_data" not in result.stderr                             # torchrun has a traceback of its own
+
+
+def test_a_process_alone_with_its_mistake_reports_it(folder, tmp_path):
+    batch = next(batch_indices(12, 8, 0, range(1)))
+    path = sorted(folder.glob("*/*.png"))[batch[-1]]                        # in the second process's share
+    path.write_bytes(b"rubbish")
+    result = torchrun(2, "--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS, "--device", "cpu",
+                      "--workers", "0")
+    assert result.returncode != 0
+    assert f"train.py: {path}: not a readable image" in result.stderr
+
+
+def test_a_device_of_a_kind_becomes_one_with_a_number(monkeypatch):
+    """torch.cuda.set_device refuses a plain "cuda"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: SimpleNamespace(
+        item=lambda: 0.0, device=torch.device(device, 0)))
+    assert pick_device(None) == pick_device("cuda") == torch.device("cuda:0")
 
 
 # ---- what a run leaves ----
@@ -644,13 +670,28 @@ def test_flowers102_trains_on_all_its_images_with_labels_from_0(tmp_path, monkey
     assert data[3][0].shape == (3, 16, 16) and abs(int(data[3][0][0, 8, 8]) - 200) < 4 and data[3][1] == 1
 
 
-def test_animal_faces_trains_on_both_its_splits_and_imagenet_on_one(folder, tmp_path):
+def test_animal_faces_trains_on_both_its_splits_and_imagenet_on_one(folder, tmp_path, monkeypatch):
+    for dataset in ("animal-faces", "imagenet"):
+        monkeypatch.setitem(train.DATASETS, dataset, (2, "two"))
     for split in ("train", "val"):
         shutil.copytree(folder, tmp_path / "set" / split)
     faces, none, _ = load_data(replace(PRESETS["animal-faces"], data=str(tmp_path / "set"), image_size=16))
     train_set, held_out, _ = load_data(replace(PRESETS["imagenet-l"], data=str(tmp_path / "set")))
     assert (len(faces), none, len(train_set), len(held_out)) == (24, None, 12, 12)
     assert faces.targets == train_set.targets + held_out.targets
+
+
+def test_another_number_of_classes_or_a_missing_split_is_refused(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "set" / "train")
+    for dataset, classes in (("imagenet", 1000), ("animal-faces", 2)):
+        monkeypatch.setitem(train.DATASETS, dataset, (classes, f"{classes} classes in train/ and val/"))
+        with pytest.raises(ValueError, match=f"expected {classes} classes .* found 2 .* no val/"):
+            load_data(replace(TINY, dataset=dataset, data=str(tmp_path / "set")))
+        shutil.copytree(folder, tmp_path / "set" / "val", dirs_exist_ok=True)
+        if classes == 1000:
+            with pytest.raises(ValueError, match="expected 1000 classes .* found 2 .* a val/"):
+                load_data(replace(TINY, dataset=dataset, data=str(tmp_path / "set")))
+            shutil.rmtree(tmp_path / "set" / "val")
 
 
 def test_images_are_resized_by_the_shorter_side_and_cropped_at_the_centre(tmp_path):
@@ -770,7 +811,12 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--preset", "imagenet-l", "--data", "no"], "1,000 folders"),
     (["--preset", "fashion-mnist", "--data", "no"], "dataset-fashion-mnist"),
 ])
-def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, options, named):
+def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, options, named):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    for name in ("FashionMNIST", "CIFAR10", "Flowers102"):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "download", refuse)
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as exit:
         main(["--out", str(out), *options])
