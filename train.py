@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fid import frechet_distance, read_image, to_uint8
+from fid import pixel_quality, read_image, to_uint8
 from losses import PERCEPTUAL, WEIGHT_NAMES, perceptual_distance, sphere_encoder_loss
 from models import SphereEncoder
 from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
@@ -270,9 +270,9 @@ class ImageFiles(Dataset):
         return self.transform(read_image(self.paths[i])), self.targets[i]
 
 
-def to_float(images, dtype=torch.float32):
-    """Images uint8 0..255 -> float in [-1, 1]."""
-    return images.to(dtype) / 127.5 - 1
+def to_float(images):
+    """Images uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
@@ -761,13 +761,8 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
     limit    training images to compare with, at most
     returns  {row: {column: number}}, which main prints as a table
 
-    All distances are Euclidean on raw pixels in [-1, 1]: the channel mean for grey data sets, averaged down
-    to 16x16 where images are larger. Samples are rounded to 8 bits first, as in an image file.
-    - judged right: an SVC (RBF, gamma "scale", C = 10) trained on the real training images names the class
-      asked for
-    - Fréchet: to the training images
-    - nearest: median distance to the nearest training image, divided by that of the held-out images; well
-      below 1 means memorised images
+    The rows are those of fid.pixel_quality, and the error of reconstructing held-out images. Samples are
+    rounded to 8 bits first, as in an image file.
     """
     if count < 2:
         raise ValueError(f"--count must be at least 2, since a covariance needs two samples; got {count}")
@@ -784,28 +779,12 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
         samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
         if process_rank()[0] > 0:
             return {}
-        train_images, train_labels = stacked(train_set, limit)
-        grey = bool((train_images == train_images[:, :1]).all())
-        real = pixel_features(train_images, grey)
-        columns = {steps_label(T): (pixel_features(images, grey), y) for T, images in samples.items()}
+        sets = {steps_label(T): (images, y) for T, images in samples.items()}
         if held_out is not None:
-            images, labels = stacked(held_out, limit)
-            columns["real held-out"] = (pixel_features(images, grey), labels)
-
-        rows = {}
-        if model.num_classes:
-            from sklearn.svm import SVC
-            judge = SVC(gamma="scale", C=10).fit(real, train_labels)
-            rows["judged right"] = {name: float((judge.predict(x) == labels.numpy()).mean())
-                                    for name, (x, labels) in columns.items()}
-        rows["Fréchet distance"] = {name: frechet_distance(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
-                                    for name, (x, _) in columns.items()}
-        nearest = {name: torch.cdist(x, real).amin(1).quantile(0.5).item()
-                   for name, (x, _) in columns.items()}
-        scale = nearest.get("real held-out")
-        rows["nearest" if scale else "nearest (absolute)"] = {k: v / (scale or 1) for k, v in nearest.items()}
+            sets["real held-out"] = stacked(held_out, limit)
+        rows = pixel_quality(sets, *stacked(train_set, limit), judged=model.num_classes > 0)
         if held_out is not None:
-            parts = (to_float(part).to(device) for part in images.split(100))
+            parts = (to_float(part).to(device) for part in sets["real held-out"][0].split(100))
             error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
     return rows
@@ -829,16 +808,6 @@ def stacked(data, limit):
     chosen = torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
     images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100, generator=seeded(0)))
     return torch.cat(images), torch.cat(labels)
-
-
-def pixel_features(images, grey):
-    """uint8 [n, 3, H, W] -> float64 [n, D], pixels in [-1, 1]; see evaluate."""
-    features = []
-    for part in images.split(256):
-        x = to_float(part, torch.float64)
-        x = x.mean(1, keepdim=True) if grey else x
-        features.append(F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1))
-    return torch.cat(features)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------

@@ -470,7 +470,7 @@ def test_missing_data_are_reported_once_for_all_processes(tmp_path):
                       "--device", "cpu")
     lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
     assert result.returncode != 0 and len(lines) == 1 and "nowhere" in lines[0]
-    assert "in load_data" not in result.stderr                             # torchrun has a traceback of its own
+    assert "in load_data" not in result.stderr          # no traceback of ours; torchrun has one of its own
 
 
 def test_a_process_alone_with_its_mistake_reports_it(folder, tmp_path):
