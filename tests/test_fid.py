@@ -1,9 +1,17 @@
+import hashlib
+import json
+import urllib.error
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from PIL import Image
 
+import fid
+from conftest import ROOT
 from fid import frechet_distance, read_image, to_uint8
 
 D = 64
@@ -116,3 +124,275 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     for name in ("a.png", "missing.png"):
         with pytest.raises(ValueError, match=name):
             read_image(tmp_path / name)
+
+
+# ---- Inception, against the tools whose numbers papers quote ----
+
+
+def seeded_inception():
+    """A state dict with the released names whose numbers are seeded by them."""
+    weights = {}
+    for name, tensor in fid.InceptionV3().state_dict().items():
+        r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tensor.shape).astype(np.float32)
+        if name.endswith("num_batches_tracked"):
+            r = np.zeros((), np.int64)
+        elif name.endswith("running_var"):
+            r = np.exp(0.3 * r)
+        elif r.ndim == 1:
+            r = 0.2 * r + name.endswith("bn.weight")
+        else:
+            r = r * np.sqrt(2 / np.prod(r.shape[1:]))
+        weights[name] = torch.from_numpy(np.asarray(r, tensor.numpy().dtype))
+    return weights
+
+
+def seeded_images(count, size, seed):
+    """Blocks of random colour with noise, uint8."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 200, (count, 3, -(-size // 16), -(-size // 16)))
+    pixels = blocks.repeat(16, axis=2).repeat(16, axis=3)[..., :size, :size]
+    return torch.from_numpy((pixels + rng.integers(0, 56, pixels.shape)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """Numbers of torch-fidelity 0.4.0 and pytorch-fid 0.3.0 on this network and these images."""
+    return np.load(ROOT / "tests" / "fid_peers.npz")
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights-inception-2015-12-05-00000000.pth"
+    torch.save(seeded_inception(), path)
+    return path
+
+
+@pytest.fixture
+def inception_file(weights_file, monkeypatch):
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", hashlib.sha256(weights_file.read_bytes()).hexdigest()[:8])
+    return weights_file
+
+
+@pytest.fixture
+def network(inception_file):
+    return fid.load_inception(inception_file)
+
+
+def test_the_state_dict_has_the_566_released_names():
+    names = fid.InceptionV3().state_dict().keys()
+    assert len(names) == 566 and {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.bn.running_var",
+                                  "fc.bias"} <= names
+
+
+@pytest.mark.parametrize("size", [32, 299])
+def test_features_are_those_of_torch_fidelity_and_pytorch_fid(network, peers, size):
+    x = seeded_images(2, size, seed=size)
+    close = lambda ours, theirs: ((ours - torch.from_numpy(theirs)).norm() / np.linalg.norm(theirs)).item()
+    pool, logits, spatial = network(x)
+    assert close(pool, peers[f"torch_fidelity_{size}"]) < 1e-5
+    assert close(logits, peers[f"torch_fidelity_logits_{size}"]) < 1e-5
+    assert close(network(x, "pytorch-fid")[0], peers[f"pytorch_fid_{size}"]) < 1e-5
+    assert close(pool, peers[f"pytorch_fid_{size}"]) > 1e-3                  # the conventions do differ
+    assert spatial.shape == (2, 2023)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The two folders of twelve images that the peers measured, one of them nested and in capitals."""
+    root = tmp_path_factory.mktemp("folders")
+    for name, seed in (("A", 1), ("B", 2)):
+        for i, x in enumerate(seeded_images(12, 32, seed)):
+            path = root / name / ("deep/er" if i > 8 else "") / f"{i:02d}.{'PNG' if i % 2 else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
+    return str(root / "A"), str(root / "B")
+
+
+def test_two_folders_give_the_numbers_of_torch_fidelity_and_pytorch_fid(
+        folders, inception_file, peers, capsys):
+    results = {}
+    for convention in fid.CONVENTIONS:
+        fid.main([*folders, "--inception-weights", str(inception_file), "--convention", convention, "--json",
+                  "--batch-size", "5"])
+        results[convention] = json.loads(capsys.readouterr().out)
+    ours = results["torch-fidelity"]
+    # torch-fidelity's own rounding is 1e-5 here, where 12 images leave nearly all eigenvalues zero.
+    assert ours["FID"] == pytest.approx(peers["fid_torch_fidelity"].item(), rel=1e-5)
+    assert results["pytorch-fid"]["FID"] == pytest.approx(peers["fid_pytorch_fid"].item(), rel=1e-5)
+    assert ours["Inception Score"] == pytest.approx(peers["is_mean"].item(), rel=1e-6)
+    assert ours["its deviation"] == pytest.approx(peers["is_std"].item(), rel=1e-3)
+    assert ours["precision"] == pytest.approx(peers["precision"].item(), abs=1e-6)
+    assert ours["recall"] == pytest.approx(peers["recall"].item(), abs=1e-6)
+    assert ours["counts"] == [12, 12] and ours["convention"] == "torch-fidelity"
+
+
+def test_stored_statistics_give_the_fid_of_their_folder(folders, inception_file, tmp_path, capsys):
+    flags = ["--inception-weights", str(inception_file)]
+    fid.main([folders[1], "--save", str(tmp_path / "b.npz"), *flags])
+    fid.main([folders[0], str(tmp_path / "b.npz"), *flags, "--json", "--metrics", "fid,sfid"])
+    fid.main([*folders, *flags, "--json", "--metrics", "fid,sfid"])
+    stored, direct = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    for name in ("FID", "sFID (unchecked)"):
+        assert stored[name] == pytest.approx(direct[name], rel=1e-5)         # their means are float32
+    assert stored["counts"] == [12, 12]
+    with np.load(tmp_path / "b.npz") as file:                               # as torch-fidelity wants them
+        assert file["mu"].dtype == file["mu_s"].dtype == np.float32 and file["sigma"].dtype == np.float64
+
+
+def test_tf1_resizing_looks_at_i_times_in_over_out():
+    x = torch.rand(1, 1, 7, 400, dtype=torch.float64)
+    resized = fid._resize_tf1(x)
+    for i, j in ((0, 0), (100, 298), (298, 3), (150, 151)):
+        row, column = i * 7 / 299, j * 400 / 299
+        r, c = int(row), int(column)
+        lower, right = min(r + 1, 6), min(c + 1, 399)
+        top = x[0, 0, r, c] * (1 - column + c) + x[0, 0, r, right] * (column - c)
+        bottom = x[0, 0, lower, c] * (1 - column + c) + x[0, 0, lower, right] * (column - c)
+        expected = top * (1 - row + r) + bottom * (row - r)
+        assert resized[0, 0, i, j].item() == pytest.approx(expected.item(), abs=2e-5)    # places in float32
+    whole = torch.rand(1, 3, 299, 299)
+    assert torch.equal(fid._resize_tf1(whole), whole)
+
+
+# ---- statistics ----
+
+
+def test_statistics_are_those_of_all_features_however_they_come():
+    x = torch.from_numpy(RNG.standard_normal((500, 7)) + 100)
+    whole = fid.FeatureStatistics(7).update(x)
+    for parts in (x.split(1), x.split(64), x[torch.randperm(500)].split(123)):
+        stream = fid.FeatureStatistics(7)
+        for part in parts:
+            stream.update(part)
+        torch.testing.assert_close(stream.mean, whole.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(stream.covariance, whole.covariance, rtol=0, atol=1e-8)
+    merged = fid.FeatureStatistics(7).update(x[:200]).merge(fid.FeatureStatistics(7).update(x[200:]))
+    assert merged.count == 500
+    np.testing.assert_allclose(merged.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(merged.covariance, np.cov(x.T), rtol=0, atol=1e-8)
+
+
+def test_frechet_in_one_dimension_is_the_gap_of_means_and_deviations():
+    x, y = RNG.normal(1, 2, (40, 1)), RNG.normal(-1, 3, (30, 1))
+    one, two = (fid.FeatureStatistics(1).update(torch.from_numpy(a)) for a in (x, y))
+    expected = (x.mean() - y.mean()) ** 2 + (x.std(ddof=1) - y.std(ddof=1)) ** 2
+    distance = frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
+    assert distance == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bias_of_frechet_distances_falls_with_the_number_of_images():
+    distances = []
+    for n in (200, 1000, 5000):
+        one, two = (fid.FeatureStatistics(D).update(torch.from_numpy(RNG.standard_normal((n, D))))
+                    for _ in range(2))
+        distances.append(frechet_distance(one.mean, one.covariance, two.mean, two.covariance))
+    assert distances == pytest.approx([10.9, 2.15, 0.456], rel=0.1)
+
+
+def test_too_few_images_for_a_covariance_are_told():
+    with pytest.warns(UserWarning, match="5 images for 7 dimensions"):
+        fid.FeatureStatistics(7).update(torch.rand(5, 7)).covariance
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        fid.FeatureStatistics(7).update(torch.rand(1, 7)).covariance
+
+
+# ---- scores ----
+
+
+def test_inception_score_is_one_for_equal_and_C_for_evenly_spread_certain_predictions():
+    assert fid.inception_score(torch.ones(40, 8)) == pytest.approx((1, 0))
+    certain = 1e4 * torch.eye(8).repeat(10, 1)
+    assert fid.inception_score(certain, splits=10, shuffle=False) == pytest.approx((8, 0))
+    by_class = 1e4 * torch.eye(8).repeat_interleave(10, 0)
+    assert fid.inception_score(by_class, 8, shuffle=False) == pytest.approx((1, 0))
+    assert fid.inception_score(by_class, 8)[0] > 3                          # dealt out
+
+
+def test_precision_and_recall_are_the_shares_inside_the_other_manifold():
+    real = torch.arange(10.0)[:, None]                                      # balls of radius 1, 2 or 3
+    generated = torch.cat([torch.full((6, 1), 4.2), torch.full((4, 1), 50.0)])
+    precision, recall = fid.precision_recall(generated, real, k=1, block=3)
+    assert precision == 0.6 and recall == 0.0
+    assert fid.precision_recall(real, real + 0.1, k=3) == (1.0, 1.0)
+    whole = fid.precision_recall(torch.rand(50, 3), torch.rand(60, 3))
+    assert 0 < whole[0] <= 1
+
+
+def test_blocks_do_not_change_precision_and_recall():
+    a, b = torch.rand(70, 3), torch.rand(50, 3) + 0.2
+    assert fid.precision_recall(a, b, block=7) == fid.precision_recall(a, b, block=1000)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        fid.precision_recall(a[:3], b)
+
+
+# ---- bad input ----
+
+
+def test_missing_inception_weights_name_file_url_hash_and_place(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        fid.load_inception()
+    for named in (str(tmp_path), fid.INCEPTION_FILES[0], fid.INCEPTION_URL, fid.INCEPTION_SHA256):
+        assert named in str(error.value)
+
+
+def test_another_file_than_the_inception_weights_is_refused(weights_file):
+    with pytest.raises(ValueError, match="SHA-256 .* expected 6726825d"):
+        fid.load_inception(weights_file)
+
+
+@pytest.mark.parametrize("what, named", [
+    ("empty", "no images in it"), ("missing", "no such folder"), ("itself", "compared with itself"),
+    ("sizes", "32x32"), ("corrupt", "not a readable image"), ("animated", "2 frames"), ("alone", "--save"),
+    ("metric", "got ssim"), ("npz", "not a readable npz"), ("other npz", "expected statistics mu"),
+    ("pr of npz", "leave pr out"), ("existing", "already exists"), ("batch", "--batch-size"),
+])
+def test_mistakes_of_the_command_are_one_line(folders, inception_file, tmp_path, capsys, what, named):
+    images, other = Image.open(next(Path(folders[0]).glob("*.png"))), tmp_path / "other"
+    other.mkdir()
+    for i in range(3):
+        images.save(other / f"{i}.png")
+    argv, npz = [folders[0], str(other)], tmp_path / "s.npz"
+    if what == "empty":
+        argv[1] = str(tmp_path / "nothing")
+        (tmp_path / "nothing").mkdir()
+    elif what == "missing":
+        argv[1] = "nowhere"
+    elif what == "itself":
+        argv[1] = folders[0] + "/../A"
+    elif what == "sizes":
+        images.resize((20, 32)).save(other / "9.png")
+    elif what == "corrupt":
+        (other / "9.JPG").write_bytes(b"rubbish")
+    elif what == "animated":
+        images.save(other / "9.gif", save_all=True, append_images=[images.rotate(90)])
+    elif what == "alone":
+        argv.pop()
+    elif what == "metric":
+        argv += ["--metrics", "fid,ssim"]
+    elif what in ("npz", "other npz", "pr of npz"):
+        argv[1] = str(npz)
+        if what == "npz":
+            npz.write_bytes(b"rubbish")
+        else:
+            np.savez(npz, mu=np.zeros(2048), sigma=np.eye(2048 if what == "pr of npz" else 5))
+            argv += ["--metrics", "fid,pr"]
+    elif what == "existing":
+        npz.write_bytes(b"mine")
+        argv += ["--save", str(npz)]
+    elif what == "batch":
+        argv += ["--batch-size", "0"]
+    with pytest.raises(SystemExit) as exit:
+        fid.main([*argv, "--inception-weights", str(inception_file)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fid.py: ")
+             and "dimensions" not in line]
+    assert exit.value.code == 2 and len(lines) == 1 and named in lines[0]
+    assert what != "existing" or npz.read_bytes() == b"mine"
+
+
+def test_16_bit_grey_images_are_scaled_and_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "a.png")
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 100, 255]
