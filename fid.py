@@ -50,10 +50,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     The trace of (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of C' S2 C with S1 = C C'.
     That matrix is symmetric, so float64 eigenvalues replace the matrix square root, and no epsilon is needed:
-    directions in which S1 has no variance are dropped, since they add nothing to the trace.
+    C is a Cholesky factor or, where S1 is singular, made of its eigenvectors, without the directions in which
+    it has no variance, since they add nothing to the trace.
     Raises ValueError if the shapes do not fit or a value is not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(a), dtype=torch.float64)
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu")
                                 for a in (mu1, sigma1, mu2, sigma2))
     D = mu1.numel()
     if mu1.shape != (D,) or mu2.shape != (D,) or sigma1.shape != (D, D) or sigma2.shape != (D, D):
@@ -62,9 +63,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("frechet_distance: means and covariances must be finite")
     sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
-    w, V = torch.linalg.eigh(sigma1)
-    keep = w > w[-1] * D * torch.finfo(torch.float64).eps
-    C = V[:, keep] * w[keep].sqrt()                                                                # [D, rank]
+    C, failed = torch.linalg.cholesky_ex(sigma1)
+    pivots = C.diagonal().square()
+    if failed or pivots.min() < 1e-10 * pivots.max():                 # singular or nearly so: a slower route
+        w, V = torch.linalg.eigh(sigma1)
+        keep = w > w[-1] * D * torch.finfo(torch.float64).eps
+        C = V[:, keep] * w[keep].sqrt()                                                            # [D, rank]
     trace_root = torch.linalg.eigvalsh(C.T @ sigma2 @ C).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root
     return max(distance.item(), 0.0)
@@ -378,16 +382,28 @@ class Extracted:
         """batches   uint8 [B, 3, H, W] each, of any sizes"""
         device = network.fc.weight.device
         self.fid, self.sfid = FeatureStatistics(2048, device), FeatureStatistics(2023, device)
-        pools, logits = [], []
+        pools, logits = [torch.zeros(0, 2048)], [torch.zeros(0, 1008)]
         for x in batches:
             pool, logit, spatial = network(x.to(device), convention)
             self.fid.update(pool)
             self.sfid.update(spatial)
             pools.append(pool.cpu())
             logits.append(logit.cpu())
-        if not pools:
-            raise ValueError("no images")
         self.features, self.logits = torch.cat(pools), torch.cat(logits)            # [n, 2048], [n, 1008]
+
+    def gather(self, places, count):
+        """Join what all processes of torch.distributed extracted of `count` images; this one, the images at
+        `places`."""
+        device = self.fid.sum.device
+        self.fid.all_reduce()
+        self.sfid.all_reduce()
+        for name in ("features", "logits"):
+            mine = getattr(self, name)
+            whole = torch.zeros(count, mine.shape[1], device=device)
+            whole[places] = mine.to(device)
+            distributed.all_reduce(whole)
+            setattr(self, name, whole.cpu())
+        return self
 
 
 def compare(generated, real, metrics=METRICS):

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fid import pixel_quality, read_image, to_uint8
+from fid import (CONVENTIONS, METRICS, Extracted, compare, load_inception, pixel_quality, read_image,
+                 to_uint8)
 from losses import PERCEPTUAL, WEIGHT_NAMES, perceptual_distance, sphere_encoder_loss
 from models import SphereEncoder
 from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
@@ -753,17 +754,22 @@ def plot_losses(log, path):
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, limit=10_000):
+def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, metrics=("pixels",),
+             inception_weights=None, convention="torch-fidelity"):
     """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
 
     count    number of samples; sample i has class i mod K
     data     folder of the data set, if it is not where it was at training
-    limit    training images to compare with, at most
-    returns  {row: {column: number}}, which main prints as a table
+    metrics  "pixels": the rows of fid.pixel_quality and the error of reconstructing held-out images, against
+             10,000 training images at most; "fid", "is", "pr", "sfid": those of fid.compare, against 50,000 at
+             most; "rfid": FID between these and their reconstructions
+    inception_weights, convention  see fid.load_inception and fid.CONVENTIONS
+    returns  {row: {column: number}}, which main prints as a table; {} on all processes but the first
 
-    The rows are those of fid.pixel_quality, and the error of reconstructing held-out images. Samples are
-    rounded to 8 bits first, as in an image file.
+    Samples are rounded to 8 bits first, as in an image file, but no file is written.
     """
+    if unknown := set(metrics) - {"pixels", "rfid", *METRICS}:
+        raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
     if count < 2:
         raise ValueError(f"--count must be at least 2, since a covariance needs two samples; got {count}")
     checkpoint = read_checkpoint(path)
@@ -776,37 +782,96 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
         y = torch.arange(count) % max(model.num_classes, 1)
-        samples = {T: sample_all(model, y, T, cfg, seed) for T in steps}
-        if process_rank()[0] > 0:
-            return {}
-        sets = {steps_label(T): (images, y) for T, images in samples.items()}
-        if held_out is not None:
-            sets["real held-out"] = stacked(held_out, limit)
-        rows = pixel_quality(sets, *stacked(train_set, limit), judged=model.num_classes > 0)
-        if held_out is not None:
-            parts = (to_float(part).to(device) for part in sets["real held-out"][0].split(100))
-            error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
-            rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
+        rows = {}
+        if "pixels" in metrics:
+            rows |= evaluate_pixels(model, y, steps, cfg, seed, train_set, held_out)
+        if {"rfid", *METRICS} & set(metrics):
+            network = first_process_first(lambda: load_inception(inception_weights, device))
+            rows |= evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics,
+                                       lambda batches: Extracted(batches, network, convention))
+    return rows if process_rank()[0] == 0 else {}
+
+
+def evaluate_pixels(model, y, steps, cfg, seed, train_set, held_out):
+    """The measures on raw pixels; see evaluate."""
+    rank, world = process_rank()
+    sets = {}
+    for T in steps:
+        images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device_of(model))
+        for places in batches_of(len(y)):
+            images[places] = sample_batch(model, y, places, T, cfg, seed)
+        if world > 1:
+            distributed.all_reduce(images)
+        sets[steps_label(T)] = images.cpu(), y
+    if rank > 0:
+        return {}
+    if held_out is not None:
+        sets["real held-out"] = stacked(held_out, 10_000)
+    rows = pixel_quality(sets, *stacked(train_set, 10_000), judged=model.num_classes > 0)
+    if held_out is not None:
+        parts = (to_float(part).to(device_of(model)) for part in sets["real held-out"][0].split(100))
+        error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
+        rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
     return rows
 
 
-def sample_all(model, y, steps, cfg, seed, batch=100):
-    """Samples 0 .. len(y) - 1 as uint8; processes take fixed batches whole: their number changes nothing."""
+def evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics, extract):
+    """The measures on Inception features, each set of images passing once and never stored; see evaluate."""
+    def extracted(count, batches):
+        places = batches_of(count)
+        result = extract(tqdm(batches(places), total=len(places), unit="batch",
+                              disable=process_rank()[0] > 0 or None))
+        return result.gather(sum(places, []), count) if process_rank()[1] > 1 else result
+
+    def real(data):
+        chosen = Subset(data, some(data, 50_000))
+        return len(chosen), lambda places: (x for x, _ in DataLoader(chosen, batch_sampler=places))
+
+    def sampled(T):
+        return len(y), lambda places: (sample_batch(model, y, part, T, cfg, seed) for part in places)
+
+    count, images = real(train_set)
+    reference = extracted(count, images)
+    columns = {steps_label(T): extracted(*sampled(T)) for T in steps}
+    if held_out is not None:
+        columns["real held-out"] = extracted(*real(held_out))
+    rows = {}
+    for column, features in columns.items():
+        for row, value in compare(features, reference, metrics).items():
+            rows.setdefault(row, {})[column] = value
+    if "rfid" in metrics:
+        mended = extracted(count, lambda places: (
+            to_uint8((reconstruct(model, to_float(x).to(device_of(model))) + 1) / 2) for x in images(places)))
+        rows["rFID"] = {"training set": compare(mended, reference, ("fid",))["FID"]}
+    return rows
+
+
+def batches_of(count, batch=100):
+    """This process's batches of the places 0 .. count - 1. Fixed batches are taken whole, so that rounding
+    does not depend on the number of processes."""
     rank, world = process_rank()
-    device = next(model.parameters()).device
-    images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device)
-    for start in range(rank * batch, len(y), world * batch):
-        x = generate(model, y[start:start + batch], steps, cfg, seed=seed, first=start)
-        images[start:start + batch] = to_uint8((x + 1) / 2)
-    if world > 1:
-        distributed.all_reduce(images)
-    return images.cpu()
+    return [list(range(i, min(i + batch, count))) for i in range(rank * batch, count, world * batch)]
+
+
+def sample_batch(model, y, places, steps, cfg, seed):
+    """Samples at consecutive places, as uint8."""
+    x = generate(model, y[places], steps, cfg, seed=seed, first=places[0])
+    return to_uint8((x + 1) / 2)
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def some(data, limit):
+    """Places in a data set; beyond `limit`, a fixed random choice."""
+    return torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
 
 
 def stacked(data, limit):
-    """Images uint8 [n, 3, H, W] and labels [n] of a data set; beyond `limit`, a fixed random choice."""
-    chosen = torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
-    images, labels = zip(*DataLoader(Subset(data, chosen), batch_size=100, generator=seeded(0)))
+    """Images uint8 [n, 3, H, W] and labels [n] of a data set, at most `limit`."""
+    loader = DataLoader(Subset(data, some(data, limit)), batch_size=100, generator=seeded(0))
+    images, labels = zip(*loader)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -835,6 +900,10 @@ def main(argv=None):
     judge.add_argument("--count", type=int, help="number of samples (default 1000)")
     judge.add_argument("--steps", type=ints, help="T, one or several (default 1,2,4)")
     judge.add_argument("--cfg", type=float, help="guidance scale, 1 = off (default 1)")
+    judge.add_argument("--metrics", type=lambda text: text.split(","),
+                       help=f"of pixels,rfid,{','.join(METRICS)} (default pixels)")
+    judge.add_argument("--convention", choices=CONVENTIONS, help="of FID (default torch-fidelity)")
+    judge.add_argument("--inception-weights", metavar="FILE", help="default: torch.hub's cache, or download")
     settings = parser.add_argument_group("settings of the preset, to be overridden (defaults of folder)")
     for f in fields(Preset):
         name = flag(f.name)
@@ -850,11 +919,11 @@ def main(argv=None):
             list_presets()
         elif "evaluate" in given:
             path = given.pop("evaluate")
-            if misplaced := given.keys() - {"seed", "data", "device", "count", "steps", "cfg"}:
+            if misplaced := given.keys() - EVALUATION - {"seed", "data", "device"}:
                 raise ValueError(f"--evaluate takes its settings from the checkpoint; "
                                  f"drop {flag(min(misplaced))}")
             print_table(path, given, evaluate(path, **given))
-        elif misplaced := given.keys() & {"count", "steps", "cfg"}:
+        elif misplaced := given.keys() & EVALUATION:
             raise ValueError(f"{flag(min(misplaced))} belongs to --evaluate; the length of a training is "
                              f"--iterations")
         else:
@@ -918,8 +987,10 @@ def print_table(path, chosen, rows):
     if not rows:                                            # not the first process
         return
     count, seed, cfg = (chosen.get(*default) for default in (("count", 1000), ("seed", 0), ("cfg", 1.0)))
-    print(f"{path}: {count} samples, seed {seed}, cfg {cfg:g}")
-    columns = list(rows["Fréchet distance"])
+    inception = {"rfid", *METRICS} & set(chosen.get("metrics", ()))
+    convention = f", convention {chosen.get('convention', CONVENTIONS[0])}" if inception else ""
+    print(f"{path}: {count} samples, seed {seed}, cfg {cfg:g}{convention}")
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print(" " * 20 + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
         cells = [f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns]
@@ -942,6 +1013,7 @@ def size(text):
     return ints(text) if "," in text else text
 
 
+EVALUATION = {"count", "steps", "cfg", "metrics", "convention", "inception_weights"}
 FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
 
 

@@ -19,11 +19,14 @@ import torch
 import torchvision
 from PIL import Image
 
+import fid
 import models
+import sample
 import train
 from conftest import ROOT, TINY, TINY_FLAGS, one_line
 from losses import LPIPS, sphere_encoder_loss
 from sample import load, pick_device, read_checkpoint
+from test_fid import seeded_inception
 from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
                    update_ema)
 
@@ -755,6 +758,53 @@ def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
     assert rows["Fréchet distance"][2] == pytest.approx(3.01, abs=0.03) and rows["nearest"][2] == 1.0
 
 
+@pytest.fixture
+def photos_run(folder, tmp_path):
+    main(["--data", str(folder), "--out", str(tmp_path / "photos run"), *FOLDER_FLAGS])
+    return tmp_path / "photos run" / "last.pt"
+
+
+def test_inception_measures_are_those_of_the_written_images_for_any_number_of_processes(
+        photos_run, folder, tmp_path, monkeypatch, capsys):
+    """Against fid.py on the same samples and training images as files."""
+    weights = tmp_path / "inception.pth"
+    torch.save(seeded_inception(), weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", digest)
+    flags = ["--evaluate", str(photos_run), "--count", "103", "--steps", "2", "--inception-weights",
+             str(weights), "--metrics", "fid,is,pr,sfid,rfid", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(flags) is None
+    table = capsys.readouterr().out
+    rows = {line[:20].strip(): line[20:].split() for line in table.splitlines()[2:]}
+    assert "convention torch-fidelity" in table
+    assert list(rows) == ["FID", "Inception Score", "its deviation", "precision", "recall",
+                          "sFID (unchecked)", "rFID"]
+
+    sample.main(["--checkpoint", str(photos_run), "--out", str(tmp_path / "drawn"), "--count", "103",
+                 "--steps", "2", "--singles"])
+    (tmp_path / "drawn" / "samples.png").unlink()
+    (tmp_path / "real").mkdir()
+    for i in range(12):
+        image = load_data(replace(TINY, dataset="folder", data=str(folder)))[0][i][0]
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "real" / f"{i}.png")
+    capsys.readouterr()
+    fid.main([str(tmp_path / "drawn"), str(tmp_path / "real"), "--json", "--inception-weights", str(weights)])
+    files = json.loads(capsys.readouterr().out)
+    for name in list(rows)[:-1]:
+        assert float(rows[name][0]) == pytest.approx(files[name], rel=1e-5, abs=1e-4), name
+
+    script = tmp_path / "evaluate.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport fid, train\n"
+                      f"fid.INCEPTION_SHA256 = {digest!r}\ntrain.main()\n")
+    result = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", script, *flags], timeout=120,
+                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines()[2:]:
+        assert [float(word) for word in line[20:].split()] == pytest.approx(
+            [float(word) for word in rows[line[:20].strip()]], rel=2e-6, abs=1e-4)
+
+
 def test_guidance_reaches_the_samples_that_are_judged(trained):
     plain, none, strong = (evaluate(trained, count=50, steps=(1,), cfg=cfg) for cfg in (1.0, 0.0, 3.0))
     distances = [rows["Fréchet distance"]["1 step"] for rows in (plain, none, strong)]
@@ -774,10 +824,10 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     data = load_data(TINY)[0]
     chosen = [[i for i, t in enumerate(data.targets) if t == k] for k in range(10)]
 
-    def copies(model, y, *rest):
-        return torch.stack([data[chosen[k][i // 10]][0] for i, k in enumerate(y.tolist())])
+    def copies(model, y, places, *rest):
+        return torch.stack([data[chosen[y[i]][i // 10]][0] for i in places])
 
-    monkeypatch.setattr(train, "sample_all", copies)
+    monkeypatch.setattr(train, "sample_batch", copies)
     rows = evaluate(trained, count=1000, steps=(1,))
     assert rows["nearest"]["1 step"] < 0.01 and rows["judged right"]["1 step"] > 0.99
     assert rows["Fréchet distance"]["1 step"] < 0.5
@@ -829,7 +879,9 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypat
     (["--cfg", "-1"], "cfg"),
     (["--workers", "2"], "--workers"), (["--resume"], "--resume"), (["--lr", "1"], "--lr"),
     (["--preset", "digits"], "--preset"), (["--seed", "-1"], "-1"),
-    (["--evaluate", "nowhere.pt"], "nowhere.pt"),
+    (["--evaluate", "nowhere.pt"], "nowhere.pt"), (["--metrics", "fid,ssim"], "ssim"),
+    (["--metrics", "fid", "--inception-weights", "nowhere.pth"], "nowhere.pth"),
+    (["--convention", "clean"], "clean"),
 ])
 def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
