@@ -441,9 +441,12 @@ def compare(generated, real, metrics=METRICS):
 # ---- Images ------------------------------------------------------------------------------------------------
 
 
-def to_uint8(x):
-    """Image in [0, 1] -> uint8 0..255, rounded to nearest and clamped: floor(255 x + 0.5)."""
-    return (x * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+def to_uint8(x, truncate=False):
+    """Image in [0, 1] -> uint8 0..255, rounded to nearest and clamped: floor(255 x + 0.5).
+
+    truncate  floor(255 x) instead, as the official Sphere Encoder writes its samples
+    """
+    return (x * 255 + (0 if truncate else 0.5)).floor().clamp(0, 255).to(torch.uint8)
 
 
 def read_image(path):
@@ -512,9 +515,10 @@ def main(argv=None):
     parser.add_argument("--device", help="default cuda if there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"fid.py: {message}", file=sys.stderr)
     try:
-        run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"fid.py: {message}", file=sys.stderr)
+            run(args)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         parser.exit(2, f"fid.py: {line}\n")

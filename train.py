@@ -755,18 +755,19 @@ def plot_losses(log, path):
 
 
 def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, metrics=("pixels",),
-             inception_weights=None, convention="torch-fidelity"):
+             inception_weights=None, convention="torch-fidelity", truncate=False):
     """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
 
     count    number of samples; sample i has class i mod K
     data     folder of the data set, if it is not where it was at training
     metrics  "pixels": the rows of fid.pixel_quality and the error of reconstructing held-out images, against
-             10,000 training images at most; "fid", "is", "pr", "sfid": those of fid.compare, against 50,000 at
-             most; "rfid": FID between these and their reconstructions
+             10,000 training images at most; "fid", "is", "pr", "sfid": those of fid.compare, against 50,000
+             at most; "rfid": FID between these and their reconstructions
     inception_weights, convention  see fid.load_inception and fid.CONVENTIONS
+    truncate  cut samples down to 8 bits, as the official code writes them, instead of rounding to nearest
     returns  {row: {column: number}}, which main prints as a table; {} on all processes but the first
 
-    Samples are rounded to 8 bits first, as in an image file, but no file is written.
+    Samples have 8 bits, as in an image file, but no file is written.
     """
     if unknown := set(metrics) - {"pixels", "rfid", *METRICS}:
         raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
@@ -782,24 +783,32 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
         y = torch.arange(count) % max(model.num_classes, 1)
+
+        def to_8_bits(x):
+            return to_uint8((x + 1) / 2, truncate)
+
+        def sampled(T, places):
+            return to_8_bits(generate(model, y[places], T, cfg, seed=seed, first=places[0]))
+
         rows = {}
         if "pixels" in metrics:
-            rows |= evaluate_pixels(model, y, steps, cfg, seed, train_set, held_out)
+            rows |= evaluate_pixels(model, y, steps, sampled, train_set, held_out)
         if {"rfid", *METRICS} & set(metrics):
             network = first_process_first(lambda: load_inception(inception_weights, device))
-            rows |= evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics,
-                                       lambda batches: Extracted(batches, network, convention))
+            rows |= evaluate_inception(
+                metrics, lambda batches: Extracted(batches, network, convention), len(y), steps, sampled,
+                lambda x: to_8_bits(reconstruct(model, to_float(x).to(device))), train_set, held_out)
     return rows if process_rank()[0] == 0 else {}
 
 
-def evaluate_pixels(model, y, steps, cfg, seed, train_set, held_out):
+def evaluate_pixels(model, y, steps, sampled, train_set, held_out):
     """The measures on raw pixels; see evaluate."""
     rank, world = process_rank()
     sets = {}
     for T in steps:
         images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device_of(model))
         for places in batches_of(len(y)):
-            images[places] = sample_batch(model, y, places, T, cfg, seed)
+            images[places] = sampled(T, places)
         if world > 1:
             distributed.all_reduce(images)
         sets[steps_label(T)] = images.cpu(), y
@@ -815,7 +824,7 @@ def evaluate_pixels(model, y, steps, cfg, seed, train_set, held_out):
     return rows
 
 
-def evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics, extract):
+def evaluate_inception(metrics, extract, count, steps, sampled, reconstructed, train_set, held_out):
     """The measures on Inception features, each set of images passing once and never stored; see evaluate."""
     def extracted(count, batches):
         places = batches_of(count)
@@ -827,12 +836,12 @@ def evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics,
         chosen = Subset(data, some(data, 50_000))
         return len(chosen), lambda places: (x for x, _ in DataLoader(chosen, batch_sampler=places))
 
-    def sampled(T):
-        return len(y), lambda places: (sample_batch(model, y, part, T, cfg, seed) for part in places)
+    def drawn(T):
+        return count, lambda places: (sampled(T, part) for part in places)
 
-    count, images = real(train_set)
-    reference = extracted(count, images)
-    columns = {steps_label(T): extracted(*sampled(T)) for T in steps}
+    size, images = real(train_set)
+    reference = extracted(size, images)
+    columns = {steps_label(T): extracted(*drawn(T)) for T in steps}
     if held_out is not None:
         columns["real held-out"] = extracted(*real(held_out))
     rows = {}
@@ -840,8 +849,7 @@ def evaluate_inception(model, y, steps, cfg, seed, train_set, held_out, metrics,
         for row, value in compare(features, reference, metrics).items():
             rows.setdefault(row, {})[column] = value
     if "rfid" in metrics:
-        mended = extracted(count, lambda places: (
-            to_uint8((reconstruct(model, to_float(x).to(device_of(model))) + 1) / 2) for x in images(places)))
+        mended = extracted(size, lambda places: (reconstructed(x) for x in images(places)))
         rows["rFID"] = {"training set": compare(mended, reference, ("fid",))["FID"]}
     return rows
 
@@ -851,12 +859,6 @@ def batches_of(count, batch=100):
     does not depend on the number of processes."""
     rank, world = process_rank()
     return [list(range(i, min(i + batch, count))) for i in range(rank * batch, count, world * batch)]
-
-
-def sample_batch(model, y, places, steps, cfg, seed):
-    """Samples at consecutive places, as uint8."""
-    x = generate(model, y[places], steps, cfg, seed=seed, first=places[0])
-    return to_uint8((x + 1) / 2)
 
 
 def device_of(model):
@@ -902,6 +904,8 @@ def main(argv=None):
     judge.add_argument("--cfg", type=float, help="guidance scale, 1 = off (default 1)")
     judge.add_argument("--metrics", type=lambda text: text.split(","),
                        help=f"of pixels,rfid,{','.join(METRICS)} (default pixels)")
+    judge.add_argument("--truncate", action="store_true",
+                       help="cut samples to 8 bits as the official code does, instead of rounding them")
     judge.add_argument("--convention", choices=CONVENTIONS, help="of FID (default torch-fidelity)")
     judge.add_argument("--inception-weights", metavar="FILE", help="default: torch.hub's cache, or download")
     settings = parser.add_argument_group("settings of the preset, to be overridden (defaults of folder)")
@@ -1013,7 +1017,7 @@ def size(text):
     return ints(text) if "," in text else text
 
 
-EVALUATION = {"count", "steps", "cfg", "metrics", "convention", "inception_weights"}
+EVALUATION = {"count", "steps", "cfg", "metrics", "convention", "inception_weights", "truncate"}
 FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
 
 

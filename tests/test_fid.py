@@ -104,6 +104,7 @@ def test_bad_statistics_are_named(change, named):
 def test_to_uint8_rounds_to_nearest_and_clamps():
     x = torch.tensor([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 254.4 / 255, 254.6 / 255, 1.0, 1.5])
     assert to_uint8(x).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+    assert to_uint8(x, truncate=True).tolist() == [0, 0, 0, 0, 254, 254, 255, 255]
     levels = torch.arange(256) / 255
     assert to_uint8(levels).tolist() == list(range(256))
 

@@ -811,12 +811,18 @@ def test_guidance_reaches_the_samples_that_are_judged(trained):
     assert len(set(distances)) == 3
 
 
+def test_truncated_samples_are_darker(trained):
+    rounded, truncated = (evaluate(trained, count=100, steps=(1,), truncate=t) for t in (False, True))
+    assert rounded["nearest"]["1 step"] != truncated["nearest"]["1 step"]
+    assert rounded["reconstruction MSE"] == truncated["reconstruction MSE"]
+
+
 def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: seen.append(chosen) or {})
     main(["--evaluate", str(trained)])
-    main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d".split()])
-    assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d")]
+    main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d --truncate".split()])
+    assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d", truncate=True)]
 
 
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
@@ -824,10 +830,11 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     data = load_data(TINY)[0]
     chosen = [[i for i, t in enumerate(data.targets) if t == k] for k in range(10)]
 
-    def copies(model, y, places, *rest):
-        return torch.stack([data[chosen[y[i]][i // 10]][0] for i in places])
+    def copies(model, y, *rest, first, **options):
+        places = [chosen[k][(first + i) // 10] for i, k in enumerate(y.tolist())]
+        return torch.stack([data[place][0] for place in places]) / 127.5 - 1
 
-    monkeypatch.setattr(train, "sample_batch", copies)
+    monkeypatch.setattr(train, "generate", copies)
     rows = evaluate(trained, count=1000, steps=(1,))
     assert rows["nearest"]["1 step"] < 0.01 and rows["judged right"]["1 step"] > 0.99
     assert rows["Fréchet distance"]["1 step"] < 0.5
