@@ -48,10 +48,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1, sigma2  [D, D]  covariances, symmetric; may be rank-deficient
     returns         float, clamped at 0 against rounding
 
-    The trace of (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of C' S2 C with S1 = C C'.
-    That matrix is symmetric, so float64 eigenvalues replace the matrix square root, and no epsilon is needed:
-    C is a Cholesky factor or, where S1 is singular, made of its eigenvectors, without the directions in which
-    it has no variance, since they add nothing to the trace.
+    The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'; they
+    are the roots of the eigenvalues of the symmetric C1' S2 C1. So no matrix square root and no epsilon is
+    needed: directions without variance are dropped, since they add nothing to the trace.
     Raises ValueError if the shapes do not fit or a value is not finite.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu")
@@ -63,15 +62,25 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("frechet_distance: means and covariances must be finite")
     sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
-    C, failed = torch.linalg.cholesky_ex(sigma1)
-    pivots = C.diagonal().square()
-    if failed or pivots.min() < 1e-10 * pivots.max():                 # singular or nearly so: a slower route
-        w, V = torch.linalg.eigh(sigma1)
-        keep = w > w[-1] * D * torch.finfo(torch.float64).eps
-        C = V[:, keep] * w[keep].sqrt()                                                            # [D, rank]
-    trace_root = torch.linalg.eigvalsh(C.T @ sigma2 @ C).clamp(min=0).sqrt().sum()
+    (C1, regular1), (C2, regular2) = _factor(sigma1), _factor(sigma2)
+    if regular1 and regular2:
+        roots = torch.linalg.eigvalsh(C1.T @ sigma2 @ C1).clamp(min=0).sqrt()       # three times as fast
+    else:
+        roots = torch.linalg.svdvals(C1.T @ C2)                 # a root would turn a rounded 0 into 1e-8
+    trace_root = roots.sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root
     return max(distance.item(), 0.0)
+
+
+def _factor(sigma):
+    """C [D, rank] with C C' = sigma, and whether sigma is far from singular: then a Cholesky factor."""
+    C, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = C.diagonal().square()
+    if not failed and pivots.min() > 1e-6 * pivots.max():
+        return C, True
+    w, V = torch.linalg.eigh(sigma)
+    keep = w > w[-1:] * len(w) * torch.finfo(torch.float64).eps
+    return V[:, keep] * w[keep].sqrt(), False
 
 
 def inception_score(logits, splits=10, shuffle=True):

@@ -60,6 +60,10 @@ def test_frechet_of_rank_deficient_covariances():
     assert frechet_distance(ZERO, 0 * I, ZERO, 0 * I) == 0
     S = covariance(rank=5)
     assert frechet_distance(ZERO, S, ZERO, S) == pytest.approx(0, abs=1e-9)
+    roots = np.sqrt(np.linalg.eigvalsh(S).clip(0)[-5:])
+    expected = ((roots - 1) ** 2).sum() + D - 5
+    assert frechet_distance(ZERO, S, ZERO, I) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(ZERO, I, ZERO, S) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_of_one_correlated_pair():
