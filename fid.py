@@ -31,9 +31,8 @@ from tqdm import tqdm
 # pytorch-fid: PyTorch's bilinear resizing, and pixels in [-1, 1].
 CONVENTIONS = ("torch-fidelity", "pytorch-fid")
 METRICS = ("fid", "is", "pr", "sfid")
-INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                 "weights-inception-2015-12-05-6726825d.pth")
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
 INCEPTION_SHA256 = "6726825d"           # its first digits
 INCEPTION_SIZE = 299                    # pixels
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -301,21 +300,17 @@ def maximum(x):
 
 
 class BlockA(inception.InceptionA):
-    pool = staticmethod(average)
-
     def _forward(self, x):
         return [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
                 self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                self.branch_pool(self.pool(x))]
+                self.branch_pool(average(x))]
 
 
 class BlockC(inception.InceptionC):
-    pool = staticmethod(average)
-
     def _forward(self, x):
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         return [self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                self.branch7x7dbl_5(self.branch7x7dbl_4(double)), self.branch_pool(self.pool(x))]
+                self.branch7x7dbl_5(self.branch7x7dbl_4(double)), self.branch_pool(average(x))]
 
 
 class BlockE(inception.InceptionE):

@@ -834,16 +834,19 @@ def evaluate_inception(metrics, extract, count, steps, sampled, reconstructed, t
 
     def real(data):
         chosen = Subset(data, some(data, 50_000))
-        return len(chosen), lambda places: (x for x, _ in DataLoader(chosen, batch_sampler=places))
+        return len(chosen), lambda places: (
+            x for x, _ in DataLoader(chosen, batch_sampler=places, generator=seeded(0)))
 
     def drawn(T):
         return count, lambda places: (sampled(T, part) for part in places)
 
     size, images = real(train_set)
     reference = extracted(size, images)
-    columns = {steps_label(T): extracted(*drawn(T)) for T in steps}
-    if held_out is not None:
-        columns["real held-out"] = extracted(*real(held_out))
+    columns = {}
+    if set(metrics) & set(METRICS):                         # rfid alone needs no samples
+        columns = {steps_label(T): extracted(*drawn(T)) for T in steps}
+        if held_out is not None:
+            columns["real held-out"] = extracted(*real(held_out))
     rows = {}
     for column, features in columns.items():
         for row, value in compare(features, reference, metrics).items():
