@@ -3,6 +3,7 @@
     python fid.py out/samples data/photos                   # generated images against real ones
     python fid.py out/samples reference.npz                 # against stored statistics: FID and sFID
     python fid.py data/photos --save reference.npz
+    python fid.py out/samples data/photos --features resnet50       # on another network, then not called FID
 
 FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. sFID: Nash et al. 2021. Precision and recall:
 Kynkaanniemi et al. 2019. Two conventions of preparing images are in use and give different numbers; every
@@ -10,7 +11,9 @@ result names its own.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import sys
 import warnings
@@ -20,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import distributed
+from torch import distributed, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
+from torchvision import models as torchvision_models
 from torchvision.models import inception
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -112,19 +117,22 @@ def precision_recall(generated, real, k=3, block=1024):
     returns  (precision, recall): the share of generated images in the real manifold, and the reverse
     Raises ValueError for k images or fewer.
     """
-    if min(len(generated), len(real)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images of each kind, got {len(generated)} "
-                         f"and {len(real)}")
+    return (share_inside(generated, real, manifold_radii(real, k, block), block),
+            share_inside(real, generated, manifold_radii(generated, k, block), block))
 
-    def radii(x):           # the nearest one is the image itself
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(block)])
 
-    def share_inside(x, others):
-        reach = radii(others)
-        inside = torch.cat([(torch.cdist(part, others) <= reach).any(1) for part in x.split(block)])
-        return inside.double().mean().item()
+def manifold_radii(x, k=3, block=1024):
+    """Distance of each of x [n, D] to its k-th nearest other one, [n]. Raises ValueError for n <= k."""
+    if len(x) <= k:
+        raise ValueError(f"precision and recall need more than {k} images of each kind, got {len(x)}")
+    # The nearest one is the image itself.
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(block)])
 
-    return share_inside(generated, real), share_inside(real, generated)
+
+def share_inside(x, others, radii, block=1024):
+    """Share of x [n, D] that lies within the radius of any of others [m, D]."""
+    inside = torch.cat([(torch.cdist(part, others) <= radii).any(1) for part in x.split(block)])
+    return inside.double().mean().item()
 
 
 def pixel_quality(sets, real, real_labels, judged=True):
@@ -222,15 +230,16 @@ class FeatureStatistics:
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
-def save_statistics(path, fid, sfid=None):
-    """Write two FeatureStatistics as npz: mu, sigma and count; mu_s and sigma_s for sFID.
+def save_statistics(path, extracted):
+    """Write the statistics of Extracted as npz: mu, sigma, count and the network's name; mu_s and sigma_s for
+    sFID.
 
     Means are float32 and covariances float64, as torch-fidelity, pytorch-fid and the ADM evaluator write them
     and torch-fidelity insists on. An existing file is not overwritten: FileExistsError.
     """
-    arrays = {"count": fid.count}
-    for statistics, suffix in ((fid, ""), (sfid, "_s")):
-        if statistics:
+    arrays = {"count": extracted.fid.count, "features": extracted.name}
+    for statistics, suffix in ((extracted.fid, ""), (extracted.sfid, "_s")):
+        if len(statistics.sum):
             arrays[f"mu{suffix}"] = statistics.mean.float().cpu().numpy()
             arrays[f"sigma{suffix}"] = statistics.covariance.cpu().numpy()
     with open(path, "xb") as file:
@@ -238,7 +247,7 @@ def save_statistics(path, fid, sfid=None):
 
 
 def load_statistics(path):
-    """What an npz of any of these tools holds: {"mu", "sigma", ...}, arrays in float64.
+    """What an npz of any of these tools holds: {"mu", "sigma", ..., "features"}, arrays in float64.
 
     Raises FileNotFoundError or ValueError that names the file.
     """
@@ -253,8 +262,9 @@ def load_statistics(path):
     if "sigma" not in content or content["sigma"].shape != (dim, dim):
         raise ValueError(f"{path}: expected statistics mu [D] and sigma [D, D], found "
                          f"{', '.join(f'{name} {list(value.shape)}' for name, value in content.items())}")
-    return {name: value.astype(np.float64) if value.dtype.kind == "f" else value.item()
-            for name, value in content.items()}
+    return {"features": "inception"} | {
+        name: value.astype(np.float64) if value.dtype.kind == "f" else value.item()
+        for name, value in content.items()}
 
 
 # ---- Network -----------------------------------------------------------------------------------------------
@@ -264,14 +274,17 @@ class InceptionV3(inception.Inception3):
     """The Inception network of FID: torchvision's layers and names (566 of them in its state dict) with 1,008
     classes, average pools in which borders do not count, and one max pool. See load_inception."""
 
-    def __init__(self):
+    name, dims = "inception", (2048, 1008, 2023)
+
+    def __init__(self, convention="torch-fidelity"):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
             inception.BasicConv2d, BlockA, inception.InceptionB, BlockC, inception.InceptionD, BlockE,
             inception.InceptionAux])
         self.Mixed_7c.pool = maximum
+        self.convention = convention
 
     @torch.no_grad()
-    def forward(self, x, convention="torch-fidelity"):
+    def forward(self, x):
         """Features of images.
 
         x        uint8 [B, 3, H, W]
@@ -279,7 +292,7 @@ class InceptionV3(inception.Inception3):
                  spatial [B, 2023] (sFID: 7 channels of a 17 x 17 layer; that it is the ADM evaluator's is an
                  inference, not checked against that evaluator)
         """
-        x = prepare(x, convention).contiguous(memory_format=torch.channels_last)            # [B, 3, 299, 299]
+        x = prepare(x, self.convention).contiguous(memory_format=torch.channels_last)       # [B, 3, 299, 299]
         for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1",
                      "Conv2d_4a_3x3", "maxpool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b",
                      "Mixed_6c"):
@@ -289,6 +302,13 @@ class InceptionV3(inception.Inception3):
             x = self.get_submodule(name)(x)
         pool = x.mean((2, 3))
         return pool, pool @ self.fc.weight.T, spatial
+
+    def fold(self):
+        """Fold every batch norm into the convolution before it; a pass over memory less for each."""
+        for module in self.modules():
+            if isinstance(module, inception.BasicConv2d):
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        return self
 
 
 def average(x):
@@ -346,100 +366,200 @@ def _resize_tf1(x):
     return x
 
 
-def load_inception(path=None, device="cpu"):
+def load_inception(path=None, device="cpu", convention="torch-fidelity"):
     """InceptionV3 with the published weights, in eval mode.
 
     path     the file; None looks in torch.hub's cache under both its names, then downloads it
     Raises FileNotFoundError that says what to place where, ValueError for another file.
     """
+    weights = _published(INCEPTION_URL, INCEPTION_FILES, INCEPTION_SHA256, path)
+    with torch.device(device):
+        network = InceptionV3(convention)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False).fold().to(memory_format=torch.channels_last)
+
+
+def _published(url, names, sha256, path=None):
+    """State dict in a published file, whose SHA-256 begins as given; see load_inception."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if path is None:
-        path = next((cache / name for name in INCEPTION_FILES if (cache / name).is_file()), None)
+        path = next((cache / name for name in names if (cache / name).is_file()), None)
     if path is None:
-        path = cache / INCEPTION_FILES[0]
+        path = cache / names[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(INCEPTION_URL, path)
+            torch.hub.download_url_to_file(url, path)
         except OSError as error:
-            raise FileNotFoundError(f"FID needs {path}, which is missing and could not be downloaded "
-                                    f"({getattr(error, 'reason', error)}); place {INCEPTION_URL} (SHA-256 "
-                                    f"{INCEPTION_SHA256}...) there") from None
+            raise FileNotFoundError(f"{path} is missing and could not be downloaded "
+                                    f"({getattr(error, 'reason', error)}); place {url} (SHA-256 {sha256}...) "
+                                    f"there") from None
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read ({error.strerror}); place {INCEPTION_URL} "
-                                f"there") from None
+        raise FileNotFoundError(f"{path} cannot be read ({error.strerror}); place {url} there") from None
     digest = hashlib.sha256(content).hexdigest()
-    if not digest.startswith(INCEPTION_SHA256):
-        raise ValueError(f"{path}: not FID's Inception network (SHA-256 {digest[:8]}..., expected "
-                         f"{INCEPTION_SHA256}...); replace it by {INCEPTION_URL}")
-    with torch.device(device):
-        network = InceptionV3()
-    network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if not digest.startswith(sha256):
+        raise ValueError(f"{path}: not the file of that name (SHA-256 {digest[:8]}..., expected "
+                         f"{sha256}...); replace it by {url}")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+class Classifier(nn.Module):
+    """Any classifier of torchvision as a feature network: the input of its last Linear layer, and its logits.
+
+    name     of the model, such as resnet50; after a colon that of its weights, such as
+             mobilenet_v2:IMAGENET1K_V1, if they are not its best
+    Raises ValueError for an unknown name, FileNotFoundError if its weights are missing.
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        model, _, version = name.partition(":")
+        try:
+            if model not in torchvision_models.list_models(module=torchvision_models):
+                raise KeyError
+            weights = torchvision_models.get_model_weights(model)[version or "DEFAULT"]
+        except KeyError:
+            raise ValueError(f"--features must be inception, pixels or a classifier of torchvision, such as "
+                             f"resnet50 or mobilenet_v2:IMAGENET1K_V1, got {name!r}") from None
+        self.name, self.transform, self.seen = name, weights.transforms(), None
+        self.model = torchvision_models.get_model(model)
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1:]
+        if not linear:
+            raise ValueError(f"--features {name}: this network ends in no Linear layer; choose another")
+        file = weights.url.rsplit("/", 1)[1]
+        self.model.load_state_dict(_published(weights.url, [file], file.rsplit("-", 1)[1].split(".")[0]))
+        linear[0].register_forward_pre_hook(self.see)
+        self.dims = (linear[0].in_features, linear[0].out_features, 0)
+
+    def see(self, linear, inputs):
+        self.seen = inputs[0]
+
+    @torch.no_grad()
+    def forward(self, x):
+        """uint8 [B, 3, H, W] -> features [B, D], logits [B, classes], nothing for sFID [B, 0]."""
+        logits = self.model(self.transform(x))
+        return self.seen.flatten(1), logits, logits[:, :0]
+
+
+class Pixels(nn.Module):
+    """Raw pixels in [-1, 1] as features, averaged (or repeated) to 16 x 16: no network and no weights."""
+
+    name, dims = "pixels", (3 * 16 * 16, 0, 0)
+
+    def forward(self, x):
+        """uint8 [B, 3, H, W] -> features [B, 768], no logits [B, 0], nothing for sFID [B, 0]."""
+        features = F.adaptive_avg_pool2d(x.float() / 127.5 - 1, 16).flatten(1)
+        return features, features[:, :0], features[:, :0]
+
+
+def feature_network(name="inception", inception_weights=None, device="cpu", convention="torch-fidelity"):
+    """The network on whose features sets of images are compared; see load_inception, Classifier, Pixels."""
+    if inception_weights and name != "inception":
+        raise ValueError(f"--inception-weights belongs to --features inception, got --features {name}")
+    if name == "inception":
+        return load_inception(inception_weights, device, convention)
+    network = Pixels() if name == "pixels" else Classifier(name)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def check_metrics(metrics, network, stored=None):
+    """The measures asked for; for None all (with stored statistics: FID) that a network's features allow.
+
+    stored   dictionary of load_statistics, the real side, if it is not a set of images
+    Raises ValueError for a measure that features or statistics do not allow.
+    """
+    # Inception Score and sFID are of Inception alone.
+    allowed = METRICS if network.name == "inception" else ("fid", "pr")
+    if metrics is None:
+        metrics = allowed if stored is None else ("fid",)
+    if wrong := [metric for metric in metrics if metric not in allowed]:
+        raise ValueError(f"--metrics must be of {','.join(allowed)} with --features {network.name}, "
+                         f"got {wrong[0]}")
+    if stored is not None:
+        if stored["features"] != network.name or len(stored["mu"]) != network.dims[0]:
+            raise ValueError(f"the stored statistics are of {len(stored['mu'])} features of "
+                             f"{stored['features']}, expected {network.dims[0]} of {network.name}")
+        if "pr" in metrics:
+            raise ValueError("precision and recall need images on both sides, not stored statistics; leave "
+                             "pr out of --metrics")
+        if "sfid" in metrics and "mu_s" not in stored:
+            raise ValueError("the stored statistics hold none of sFID (mu_s, sigma_s); leave sfid out of "
+                             "--metrics")
+    return metrics
 
 
 class Extracted:
-    """What one pass of the network over images leaves: statistics of FID and sFID, features, logits."""
+    """What one pass of a feature network over images leaves: statistics, and features and logits if needed.
 
-    def __init__(self, batches, network, convention="torch-fidelity"):
-        """batches   uint8 [B, 3, H, W] each, of any sizes"""
-        device = network.fc.weight.device
-        self.fid, self.sfid = FeatureStatistics(2048, device), FeatureStatistics(2023, device)
-        pools, logits = [torch.zeros(0, 2048)], [torch.zeros(0, 1008)]
+    batches  uint8 [B, 3, H, W] each, of any sizes
+    metrics  of METRICS, those to be computed: what none of them needs is not kept
+    """
+
+    def __init__(self, batches, network, metrics=METRICS):
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        summed = "cpu" if device.type == "mps" else device                          # which has no float64
+        self.name, self.metrics = network.name, metrics
+        self.fid, self.sfid = (FeatureStatistics(network.dims[i], summed) for i in (0, 2))
+        empty = torch.zeros(0, device=device)
+        features, logits = [empty.view(0, network.dims[0])], [empty.view(0, network.dims[1])]
         for x in batches:
-            pool, logit, spatial = network(x.to(device), convention)
+            pool, logit, spatial = network(x.to(device))
             self.fid.update(pool)
             self.sfid.update(spatial)
-            pools.append(pool.cpu())
-            logits.append(logit.cpu())
-        self.features, self.logits = torch.cat(pools), torch.cat(logits)            # [n, 2048], [n, 1008]
+            if "pr" in metrics:
+                features.append(pool)
+            if "is" in metrics:
+                logits.append(logit)
+        self.features, self.logits = torch.cat(features), torch.cat(logits)         # [n, D], [n, classes]
 
     def gather(self, places, count):
         """Join what all processes of torch.distributed extracted of `count` images; this one, the images at
-        `places`."""
-        device = self.fid.sum.device
+        `places`. Every process must have been given the same metrics."""
         self.fid.all_reduce()
         self.sfid.all_reduce()
-        for name in ("features", "logits"):
-            mine = getattr(self, name)
-            whole = torch.zeros(count, mine.shape[1], device=device)
-            whole[places] = mine.to(device)
-            distributed.all_reduce(whole)
-            setattr(self, name, whole.cpu())
+        for name, needed in (("features", "pr"), ("logits", "is")):
+            if needed in self.metrics:
+                mine = getattr(self, name)
+                whole = mine.new_zeros(count, mine.shape[1])
+                whole[places] = mine
+                distributed.all_reduce(whole)
+                setattr(self, name, whole)
         return self
 
 
-def compare(generated, real, metrics=METRICS):
-    """Measures of generated images against real ones.
+def compare(sets, real, metrics):
+    """Measures of sets of images against real ones.
 
-    generated, real  Extracted; real may also be a dictionary of load_statistics, for FID and sFID alone
-    metrics          of METRICS; the Inception Score is that of the generated images
-    returns          {name: number}
-    Raises ValueError for a measure that the statistics do not hold.
+    sets     {name: Extracted}
+    real     Extracted; or a dictionary of load_statistics, for FID and sFID alone
+    metrics  of METRICS, as check_metrics allows
+    returns  {row: {name: number}}; a row is called FID only if the features are Inception's
     """
     stored = real if isinstance(real, dict) else None
-    results = {}
+    network = next(iter(sets.values())).name
+    suffix = "" if network == "inception" else f" ({network})"
+    rows = {}
     if "fid" in metrics:
         theirs = (stored["mu"], stored["sigma"]) if stored else (real.fid.mean, real.fid.covariance)
-        results["FID"] = frechet_distance(generated.fid.mean, generated.fid.covariance, *theirs)
+        rows[f"FD{suffix}" if suffix else "FID"] = {
+            name: frechet_distance(x.fid.mean, x.fid.covariance, *theirs) for name, x in sets.items()}
     if "is" in metrics:
-        parts = min(10, len(generated.logits))
-        results["Inception Score"], results["its deviation"] = inception_score(generated.logits, parts)
+        scores = {name: inception_score(x.logits, min(10, len(x.logits))) for name, x in sets.items()}
+        rows["Inception Score"] = {name: score for name, (score, _) in scores.items()}
+        rows["its deviation"] = {name: deviation for name, (_, deviation) in scores.items()}
     if "pr" in metrics:
-        if stored:
-            raise ValueError("precision and recall need images on both sides, not stored statistics; leave "
-                             "pr out of --metrics")
-        results["precision"], results["recall"] = precision_recall(generated.features, real.features)
+        reach = manifold_radii(real.features)
+        rows[f"precision{suffix}"] = {name: share_inside(x.features, real.features, reach)
+                                      for name, x in sets.items()}
+        rows[f"recall{suffix}"] = {name: share_inside(real.features, x.features, manifold_radii(x.features))
+                                   for name, x in sets.items()}
     if "sfid" in metrics:
-        if stored and "mu_s" not in stored:
-            raise ValueError("the stored statistics hold none of sFID (mu_s, sigma_s); leave sfid out of "
-                             "--metrics")
         theirs = (stored["mu_s"], stored["sigma_s"]) if stored else (real.sfid.mean, real.sfid.covariance)
         # Its layer is an inference: not checked against the ADM evaluator.
-        ours = generated.sfid.mean, generated.sfid.covariance
-        results["sFID (unchecked)"] = frechet_distance(*ours, *theirs)
-    return results
+        rows["sFID (unchecked)"] = {name: frechet_distance(x.sfid.mean, x.sfid.covariance, *theirs)
+                                    for name, x in sets.items()}
+    return rows
 
 
 # ---- Images ------------------------------------------------------------------------------------------------
@@ -501,16 +621,33 @@ class ImageFolder:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def warnings_in_one_line(program):
+    """Show warnings as a user of the command line wants them: each once, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{program}: {message}", file=sys.stderr)
+        yield
+
+
+def words(text):
+    return tuple(text.split(","))
+
+
+FEATURES_HELP = ("inception, pixels, or a classifier of torchvision such as resnet50 or "
+                 "mobilenet_v2:IMAGENET1K_V1; only with inception is it called FID")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("fid.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: {message} (--help lists the options)\n")
     parser.add_argument("images", help="folder of generated images")
     parser.add_argument("reference", nargs="?", help="folder of real images, or statistics in an npz file")
-    parser.add_argument("--metrics", type=lambda text: text.split(","),
-                        help=f"of {','.join(METRICS)} (default all, for an npz fid)")
+    parser.add_argument("--metrics", type=words,
+                        help=f"of {','.join(METRICS)} (default all that the features and files allow)")
+    parser.add_argument("--features", default="inception", help=f"{FEATURES_HELP} (default %(default)s)")
     parser.add_argument("--convention", choices=CONVENTIONS, default=CONVENTIONS[0],
-                        help="how images are resized and scaled (default %(default)s)")
+                        help="how images are resized and scaled for Inception (default %(default)s)")
     parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of the first folder")
     parser.add_argument("--inception-weights", metavar="FILE", help="default: torch.hub's cache, or download")
     parser.add_argument("--batch-size", type=int, default=50, help="images at a time (default %(default)s)")
@@ -520,8 +657,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"fid.py: {message}", file=sys.stderr)
+        with warnings_in_one_line("fid.py"):
             run(args)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -532,9 +668,6 @@ def main(argv=None):
 
 def run(args):
     stored = args.reference and args.reference.endswith(".npz")
-    metrics = args.metrics or (["fid"] if stored else list(METRICS))
-    if unknown := set(metrics) - set(METRICS):
-        raise ValueError(f"--metrics must be of {','.join(METRICS)}, got {min(unknown)}")
     if not args.reference and not args.save:
         raise ValueError("give a second folder or npz file to compare with, or --save FILE.npz")
     if args.batch_size < 1 or args.workers < 0:
@@ -547,29 +680,33 @@ def run(args):
     folders = [ImageFolder(folder) for folder in (args.images, args.reference) if folder and not
                folder.endswith(".npz")]
     reference = load_statistics(args.reference) if stored else None
-    network = load_inception(args.inception_weights,
-                             args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    network = feature_network(args.features, args.inception_weights, device, args.convention)
+    metrics = check_metrics(args.metrics, network, reference)
     for folder in folders:
         if folder.others:
             print(f"{len(folder.others)} files that are no images, such as {folder.others[0]}, are left out",
                   file=sys.stderr)
     extracted = [Extracted(tqdm(DataLoader(folder, args.batch_size, num_workers=args.workers), unit="batch",
-                                desc=str(folder.paths[0].parent), disable=None), network, args.convention)
+                                desc=str(folder.paths[0].parent), disable=None), network, metrics)
                  for folder in folders]
     if args.save:
-        save_statistics(args.save, extracted[0].fid, extracted[0].sfid)
+        save_statistics(args.save, extracted[0])
         print(f"{args.save}: statistics of {extracted[0].fid.count} images", file=sys.stderr)
     if args.reference:
-        results = compare(extracted[0], reference or extracted[1], metrics)
+        rows = compare({"images": extracted[0]}, reference or extracted[1], metrics)
+        results = {row: columns["images"] for row, columns in rows.items()}
         counts = [len(folder) for folder in folders] + ([reference.get("count")] if stored else [])
+        convention = args.convention if network.name == "inception" else None
         if args.json:
             print(json.dumps({"images": args.images, "reference": args.reference, "counts": counts,
-                              "convention": args.convention, **results}))
+                              "features": network.name, "convention": convention, **results}))
             return
         known = " and ".join(str(count or "unknown") for count in counts)
-        print(f"{args.images} against {args.reference}: {known} images, convention {args.convention}")
+        print(f"{args.images} against {args.reference}: {known} images, "
+              + (f"convention {convention}" if convention else f"features {network.name}"))
         for name, value in results.items():
-            print(f"{name:20}{value:12.4f}")
+            print(f"{name:36}{value:12.4f}")
 
 
 if __name__ == "__main__":

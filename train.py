@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fid import (CONVENTIONS, METRICS, Extracted, compare, load_inception, pixel_quality, read_image,
-                 to_uint8)
+from fid import (CONVENTIONS, FEATURES_HELP, METRICS, Extracted, check_metrics, compare, feature_network,
+                 load_statistics, pixel_quality, read_image, to_uint8, warnings_in_one_line, words)
 from losses import PERCEPTUAL, WEIGHT_NAMES, perceptual_distance, sphere_encoder_loss
 from models import SphereEncoder
 from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
@@ -41,9 +41,23 @@ from spherify import uniform_sigmas
 # ---- Presets -----------------------------------------------------------------------------------------------
 
 
-def option(default, help, low=None, high=math.inf):
-    """A field with its help and, if it is a number, the closed range of its values."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def ints(text):
+    return tuple(int(word) for word in text.split(","))
+
+
+def floats(text):
+    return tuple(float(word) for word in text.split(","))
+
+
+def size(text):
+    return ints(text) if "," in text else text
+
+
+def option(default, help, low=None, high=math.inf, parse=None, choices=None):
+    """A field that is a command-line option: its help, the closed range of a number, how words become its
+    value (if its type does not tell)."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "parse": parse,
+                                            "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -386,7 +400,7 @@ def update_ema(ema, model, decay, step):
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
-          activation_checkpointing=False, perceptual_weights=None):
+          activation_checkpointing=False, perceptual_weights=None, evaluate_every=0, evaluation=None):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
     preset   Preset (see PRESETS)
@@ -402,14 +416,24 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     activation_checkpointing  compute the blocks' activations again in the backward pass, do not store them
     perceptual_weights        folder of the perceptual networks' files, see losses.perceptual_distance
 
+    evaluate_every  epochs between evaluations, written to evaluations.jsonl; 0 = off. The checkpoint whose
+             Fréchet distance (FID, if measured) at the last of its numbers of steps is lowest is kept as
+             best.pt. The training itself is not changed by it
+    evaluation      Evaluation, for these
+
     Raises ValueError or OSError for bad input, before anything is written where it can be known by then (an
     unreadable image cannot: mend it and resume), FloatingPointError if a loss or gradient is not finite,
     KeyboardInterrupt after saving if Ctrl-C or SIGTERM came.
     """
     rank, world = process_rank()
     out = Path(out)
-    last, log = out / "last.pt", out / "log.jsonl"
+    last, log, evaluations = out / "last.pt", out / "log.jsonl", out / "evaluations.jsonl"
     check_preset(preset, world, accumulate)
+    evaluation = evaluation or Evaluation()
+    check_evaluation(evaluation)
+    if not 0 <= evaluate_every < math.inf or evaluate_every and not {"pixels", "fid"} & {*evaluation.metrics}:
+        raise ValueError(f"--evaluate-every must be at least 0 and needs pixels or fid in --metrics, "
+                         f"got {evaluate_every:g} and {','.join(evaluation.metrics)}")
     if seed < 0 or (workers or 0) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, got {seed} and {workers}")
     checkpoint = check_folder(preset, out, seed, resume)
@@ -423,6 +447,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         perceptual = first_process_first(lambda: perceptual_distance(
             preset.perceptual if any(preset.weights[1::2]) else "none", perceptual_weights))
         total = total_iterations(preset, len(data))
+        measure_every = max(1, round(evaluate_every * len(data) / preset.batch_size)) if evaluate_every else 0
+        measure = Evaluator(evaluation, data, held_out, device) if measure_every else None
+        best = {"score": math.inf, "step": 0, "evaluation": asdict(evaluation)}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names).to(device)
@@ -450,12 +477,12 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         optimizer = build_optimizer(model, preset)
 
-        def save(step):
-            save_checkpoint(last, {
+        def save(step, path=last):
+            save_checkpoint(path, {
                 "kind": "sphere-encoder", "config": model.config, "class_names": model.class_names,
                 "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset),
-                "images": len(data)})
+                "images": len(data), "best": best})
 
         start = 0
         if checkpoint:
@@ -463,9 +490,12 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = checkpoint["step"]
+            if checkpoint.get("best", best)["evaluation"] == best["evaluation"]:
+                best = checkpoint.get("best", best)         # else measured otherwise: a new best begins
             checkpoint = None                               # so that its memory can go
             if rank == 0:
                 cut_log(log, start)
+                cut_log(evaluations, start)
         elif rank == 0:
             save(0)                                     # from here on the folder is a run, and can be resumed
 
@@ -515,7 +545,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 logs = ends or done % preset.log_every == 0
                 saves = ends or done % preset.checkpoint_every == 0
                 shows = ends or bool(preset.picture_every) and done % preset.picture_every == 0
-                if not (logs or saves or shows):
+                measures = measure is not None and (ends or done % measure_every == 0)
+                if not (logs or saves or shows or measures):
                     continue
                 means = drain(window, done, last, device)       # raises at a value that is not finite
                 if rank == 0:
@@ -525,6 +556,18 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     speed = (done - start) * preset.batch_size / (time.time() - began)
                     shown = [f"{name} {value:.4f}" for name, value in means.items() if value]
                     bar.set_postfix_str(" ".join(shown) + f", {speed:.0f} images/s", refresh=False)
+                if measures:
+                    rows = measure(ema if preset.use_ema else model)            # on all processes
+                    if rank == 0:
+                        with open(evaluations, "a") as file:
+                            file.write(json.dumps({"step": done, **rows}, ensure_ascii=False) + "\n")
+                        row = next(row for row in rows if row.startswith(("FID", "FD ", "Fréchet")))
+                        score = rows[row][steps_label(evaluation.steps[-1])]
+                        if score < best["score"]:
+                            best = {**best, "score": score, "step": done}
+                            save(done, out / "best.pt")
+                        say(f"{evaluations}: {row} {score:.4f} at {steps_label(evaluation.steps[-1])} after "
+                            f"{done} iterations; best {best['score']:.4f} after {best['step']}")
                 stops = logs and any_process(interrupted.is_set(), device)
                 if (saves or stops) and rank == 0:
                     save(done)
@@ -564,11 +607,7 @@ def drain(window, done, last, device):
 def check_preset(preset, world, accumulate):
     """Raise a ValueError for the first value that cannot be trained with."""
     p = preset
-    for f in fields(Preset):
-        value, low, high = getattr(p, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and not (low <= value <= high and value < math.inf):
-            expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
-            raise ValueError(f"{flag(f.name)} must be {expected}, got {value}")
+    check_ranges(p)
     if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
         raise ValueError(f"--betas must be two numbers from 0 to below 1, got {p.betas}")
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
@@ -592,11 +631,20 @@ def check_preset(preset, world, accumulate):
     random_draws(p, 0, 0)                               # angles and stratified: uniform_sigmas' own checks
 
 
+def check_ranges(options):
+    """Raise a ValueError for the first number of a Preset or an Evaluation that is out of its range."""
+    for f in fields(options):
+        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not (low <= value <= high and value < math.inf):
+            expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
+            raise ValueError(f"{flag(f.name)} must be {expected}, got {value}")
+
+
 def check_folder(preset, out, seed, resume):
     """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs."""
     last = out / "last.pt"
     if not resume:
-        if any(any(out.glob(name)) for name in ("last.pt", "log.jsonl", "losses.png", "samples-*.png")):
+        if any(any(out.glob(name)) for name in ("*.pt", "*.jsonl", "losses.png", "samples-*.png")):
             raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
         return None
     if not last.exists():
@@ -754,25 +802,38 @@ def plot_losses(log, path):
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, device=None, metrics=("pixels",),
-             inception_weights=None, convention="torch-fidelity", truncate=False):
-    """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
+@dataclass(frozen=True)
+class Evaluation:
+    """How samples are measured. Every field is a command-line option of its name.
 
-    count    number of samples; sample i has class i mod K
-    data     folder of the data set, if it is not where it was at training
     metrics  "pixels": the rows of fid.pixel_quality and the error of reconstructing held-out images, against
              10,000 training images at most; "fid", "is", "pr", "sfid": those of fid.compare, against 50,000
-             at most; "rfid": FID between these and their reconstructions
-    inception_weights, convention  see fid.load_inception and fid.CONVENTIONS
-    truncate  cut samples down to 8 bits, as the official code writes them, instead of rounding to nearest
+             at most, or FID and sFID against stored statistics; "rfid": FID between these training images
+             and their reconstructions
+    """
+
+    count: int = option(1000, "number of samples; sample i has class i mod K", 2)
+    steps: tuple = option((1, 2, 4), "T, one or several", parse=ints)
+    cfg: float = option(1.0, "guidance scale, 1 = off")
+    metrics: tuple = option(("pixels",), f"of pixels,rfid,{','.join(METRICS)}", parse=words)
+    features: str = option("inception", FEATURES_HELP)
+    inception_weights: str = option(None, "file; none: torch.hub's cache, or download")
+    convention: str = option("torch-fidelity", "how images are prepared for Inception", choices=CONVENTIONS)
+    reference: str = option(None, "npz of statistics to compare with, in place of the training set")
+    truncate: bool = option(False, "cut samples to 8 bits as the official code does, do not round them")
+
+
+def evaluate(path, seed=0, data=None, device=None, **options):
+    """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
+
+    data     folder of the data set, if it is not where it was at training
+    options  fields of Evaluation
     returns  {row: {column: number}}, which main prints as a table; {} on all processes but the first
 
     Samples have 8 bits, as in an image file, but no file is written.
     """
-    if unknown := set(metrics) - {"pixels", "rfid", *METRICS}:
-        raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
-    if count < 2:
-        raise ValueError(f"--count must be at least 2, since a covariance needs two samples; got {count}")
+    evaluation = Evaluation(**options)
+    check_evaluation(evaluation)
     checkpoint = read_checkpoint(path)
     preset = stored_preset(checkpoint, path)
     preset = replace(preset, data=data or preset.data)
@@ -782,79 +843,100 @@ def evaluate(path, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, data=None, devi
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
-        y = torch.arange(count) % max(model.num_classes, 1)
+        return Evaluator(evaluation, train_set, held_out, device)(model, seed)
 
-        def to_8_bits(x):
-            return to_uint8((x + 1) / 2, truncate)
+
+def check_evaluation(evaluation):
+    check_ranges(evaluation)
+    if unknown := set(evaluation.metrics) - {"pixels", "rfid", *METRICS}:
+        raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
+
+
+class Evaluator:
+    """Measures models against a data set; what does not depend on the model is loaded and computed once."""
+
+    def __init__(self, evaluation, train_set, held_out, device):
+        self.evaluation, self.train_set, self.held_out = evaluation, train_set, held_out
+        self.device = device
+        self.compared = [metric for metric in evaluation.metrics if metric in METRICS]
+        self.stored = None
+        if set(evaluation.metrics) - {"pixels"}:
+            self.network = first_process_first(lambda: feature_network(
+                evaluation.features, evaluation.inception_weights, device, evaluation.convention))
+            if evaluation.reference:
+                self.stored = first_process_first(lambda: load_statistics(evaluation.reference))
+            check_metrics(self.compared, self.network, self.stored)
+
+    def __call__(self, model, seed=0):
+        """{row: {column: number}}; {} on all processes but the first."""
+        y = torch.arange(self.evaluation.count) % max(model.num_classes, 1)
 
         def sampled(T, places):
-            return to_8_bits(generate(model, y[places], T, cfg, seed=seed, first=places[0]))
+            return self.to_8_bits(generate(model, y[places], T, self.evaluation.cfg, seed=seed,
+                                           first=places[0]))
 
         rows = {}
-        if "pixels" in metrics:
-            rows |= evaluate_pixels(model, y, steps, sampled, train_set, held_out)
-        if {"rfid", *METRICS} & set(metrics):
-            network = first_process_first(lambda: load_inception(inception_weights, device))
-            rows |= evaluate_inception(
-                metrics, lambda batches: Extracted(batches, network, convention), len(y), steps, sampled,
-                lambda x: to_8_bits(reconstruct(model, to_float(x).to(device))), train_set, held_out)
-    return rows if process_rank()[0] == 0 else {}
+        if "pixels" in self.evaluation.metrics:
+            rows |= self.pixels(model, y, sampled)
+        if self.compared:
+            sets = {steps_label(T): self.extracted(
+                len(y), lambda places: (sampled(T, part) for part in places)) for T in self.evaluation.steps}
+            if self.held_out is not None:
+                sets["real held-out"] = self.held_out_features
+            rows |= compare(sets, self.stored or self.training_features, self.compared)
+        if "rfid" in self.evaluation.metrics:
+            count, images = self.real(self.train_set)
+            mended = self.extracted(count, lambda places: (
+                self.to_8_bits(reconstruct(model, to_float(x).to(self.device))) for x in images(places)))
+            for row, value in compare({"training set": mended}, self.training_features, ("fid",)).items():
+                rows["r" + row] = value
+        return rows if process_rank()[0] == 0 else {}
 
+    def to_8_bits(self, x):
+        return to_uint8((x + 1) / 2, self.evaluation.truncate)
 
-def evaluate_pixels(model, y, steps, sampled, train_set, held_out):
-    """The measures on raw pixels; see evaluate."""
-    rank, world = process_rank()
-    sets = {}
-    for T in steps:
-        images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=device_of(model))
-        for places in batches_of(len(y)):
-            images[places] = sampled(T, places)
-        if world > 1:
-            distributed.all_reduce(images)
-        sets[steps_label(T)] = images.cpu(), y
-    if rank > 0:
-        return {}
-    if held_out is not None:
-        sets["real held-out"] = stacked(held_out, 10_000)
-    rows = pixel_quality(sets, *stacked(train_set, 10_000), judged=model.num_classes > 0)
-    if held_out is not None:
-        parts = (to_float(part).to(device_of(model)) for part in sets["real held-out"][0].split(100))
-        error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
-        rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
-    return rows
+    def pixels(self, model, y, sampled):
+        """The measures on raw pixels."""
+        rank, world = process_rank()
+        sets = {}
+        for T in self.evaluation.steps:
+            images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=self.device)
+            for places in batches_of(len(y)):
+                images[places] = sampled(T, places)
+            if world > 1:
+                distributed.all_reduce(images)
+            sets[steps_label(T)] = images.cpu(), y
+        if rank > 0:
+            return {}
+        if self.held_out is not None:
+            sets["real held-out"] = stacked(self.held_out, 10_000)
+        rows = pixel_quality(sets, *stacked(self.train_set, 10_000), judged=model.num_classes > 0)
+        if self.held_out is not None:
+            parts = (to_float(part).to(self.device) for part in sets["real held-out"][0].split(100))
+            error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
+            rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
+        return rows
 
+    @cached_property
+    def training_features(self):
+        return self.extracted(*self.real(self.train_set))
 
-def evaluate_inception(metrics, extract, count, steps, sampled, reconstructed, train_set, held_out):
-    """The measures on Inception features, each set of images passing once and never stored; see evaluate."""
-    def extracted(count, batches):
-        places = batches_of(count)
-        result = extract(tqdm(batches(places), total=len(places), unit="batch",
-                              disable=process_rank()[0] > 0 or None))
-        return result.gather(sum(places, []), count) if process_rank()[1] > 1 else result
+    @cached_property
+    def held_out_features(self):
+        return self.extracted(*self.real(self.held_out))
 
-    def real(data):
+    def real(self, data):
+        """Number of images of a data set that are used, and what gives the batches of places among them."""
         chosen = Subset(data, some(data, 50_000))
         return len(chosen), lambda places: (
             x for x, _ in DataLoader(chosen, batch_sampler=places, generator=seeded(0)))
 
-    def drawn(T):
-        return count, lambda places: (sampled(T, part) for part in places)
-
-    size, images = real(train_set)
-    reference = extracted(size, images)
-    columns = {}
-    if set(metrics) & set(METRICS):                         # rfid alone needs no samples
-        columns = {steps_label(T): extracted(*drawn(T)) for T in steps}
-        if held_out is not None:
-            columns["real held-out"] = extracted(*real(held_out))
-    rows = {}
-    for column, features in columns.items():
-        for row, value in compare(features, reference, metrics).items():
-            rows.setdefault(row, {})[column] = value
-    if "rfid" in metrics:
-        mended = extracted(size, lambda places: (reconstructed(x) for x in images(places)))
-        rows["rFID"] = {"training set": compare(mended, reference, ("fid",))["FID"]}
-    return rows
+    def extracted(self, count, batches):
+        """Features of `count` images, which pass once and are never stored; each process takes its part."""
+        places = batches_of(count)
+        result = Extracted(tqdm(batches(places), total=len(places), unit="batch",
+                                disable=process_rank()[0] > 0 or None), self.network, self.compared)
+        return result.gather(sum(places, []), count) if process_rank()[1] > 1 else result
 
 
 def batches_of(count, batch=100):
@@ -862,10 +944,6 @@ def batches_of(count, batch=100):
     does not depend on the number of processes."""
     rank, world = process_rank()
     return [list(range(i, min(i + batch, count))) for i in range(rank * batch, count, world * batch)]
-
-
-def device_of(model):
-    return next(model.parameters()).device
 
 
 def some(data, limit):
@@ -900,41 +978,17 @@ def main(argv=None):
     speed.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
     speed.add_argument("--perceptual-weights", metavar="FOLDER",
                        help="of the files vgg16-... and convnext_small-... (default torch.hub's cache)")
-    judge = parser.add_argument_group("evaluate instead of training")
+    judge = parser.add_argument_group("evaluate instead of training, or during it")
     judge.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples as a table")
-    judge.add_argument("--count", type=int, help="number of samples (default 1000)")
-    judge.add_argument("--steps", type=ints, help="T, one or several (default 1,2,4)")
-    judge.add_argument("--cfg", type=float, help="guidance scale, 1 = off (default 1)")
-    judge.add_argument("--metrics", type=lambda text: text.split(","),
-                       help=f"of pixels,rfid,{','.join(METRICS)} (default pixels)")
-    judge.add_argument("--truncate", action="store_true",
-                       help="cut samples to 8 bits as the official code does, instead of rounding them")
-    judge.add_argument("--convention", choices=CONVENTIONS, help="of FID (default torch-fidelity)")
-    judge.add_argument("--inception-weights", metavar="FILE", help="default: torch.hub's cache, or download")
-    settings = parser.add_argument_group("settings of the preset, to be overridden (defaults of folder)")
-    for f in fields(Preset):
-        name = flag(f.name)
-        text = f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})"
-        if f.type is bool:
-            settings.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            kind = FIELD_TYPES[f.type]
-            settings.add_argument(name, type=kind, help=text, metavar=kind.__name__)
+    judge.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
+                       help="evaluate while training, and keep the best checkpoint as best.pt (0 = off)")
+    add_options(judge, Evaluation)
+    add_options(parser.add_argument_group("settings of the preset, to be overridden (defaults of folder)"),
+                Preset)
     given = vars(parser.parse_args(argv))
     try:
-        if "list" in given:
-            list_presets()
-        elif "evaluate" in given:
-            path = given.pop("evaluate")
-            if misplaced := given.keys() - EVALUATION - {"seed", "data", "device"}:
-                raise ValueError(f"--evaluate takes its settings from the checkpoint; "
-                                 f"drop {flag(min(misplaced))}")
-            print_table(path, given, evaluate(path, **given))
-        elif misplaced := given.keys() & EVALUATION:
-            raise ValueError(f"{flag(min(misplaced))} belongs to --evaluate; the length of a training is "
-                             f"--iterations")
-        else:
-            train_as_told(**given)
+        with warnings_in_one_line(parser.prog):
+            dispatch(given)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of an image-reading process carries its traceback; the message is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -943,6 +997,41 @@ def main(argv=None):
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted at once; the last checkpoint stands")
         return 130
+
+
+def add_options(group, options):
+    """An option of the command line for every field of Preset or Evaluation."""
+    for f in fields(options):
+        text = f.metadata["help"]
+        if f.default is not None:
+            text += f" ({','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
+        if f.type is bool:
+            group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            kind = f.metadata["parse"] or FIELD_TYPES[f.type]
+            choices = f.metadata["choices"]
+            group.add_argument(flag(f.name), type=kind, help=text, choices=choices,
+                               metavar=None if choices else kind.__name__)
+
+
+def dispatch(given):
+    """Do what the options that were given say."""
+    measured = {f.name: given.pop(f.name) for f in fields(Evaluation) if f.name in given}
+    if "list" in given:
+        list_presets()
+    elif "evaluate" in given:
+        path = given.pop("evaluate")
+        if misplaced := given.keys() - {"seed", "data", "device"}:
+            raise ValueError(f"--evaluate takes its settings from the checkpoint; "
+                             f"drop {flag(min(misplaced))}")
+        print_table(path, Evaluation(**measured), given.get("seed", 0), evaluate(path, **given, **measured))
+    elif measured and not given.get("evaluate_every"):
+        raise ValueError(f"{flag(min(measured))} belongs to --evaluate or --evaluate-every; the length of a "
+                         f"training is --iterations")
+    else:
+        if "evaluate_every" in given:
+            given["evaluation"] = Evaluation(**measured)
+        train_as_told(**given)
 
 
 def train_as_told(preset=None, out=None, seed=None, resume=False, **given):
@@ -990,37 +1079,26 @@ def flops(call):
     return counter.get_total_flops() / 1e9
 
 
-def print_table(path, chosen, rows):
+def print_table(path, evaluation, seed, rows):
     if not rows:                                            # not the first process
         return
-    count, seed, cfg = (chosen.get(*default) for default in (("count", 1000), ("seed", 0), ("cfg", 1.0)))
-    inception = {"rfid", *METRICS} & set(chosen.get("metrics", ()))
-    convention = f", convention {chosen.get('convention', CONVENTIONS[0])}" if inception else ""
-    print(f"{path}: {count} samples, seed {seed}, cfg {cfg:g}{convention}")
+    how = ""
+    if set(evaluation.metrics) - {"pixels"}:
+        how = (f", convention {evaluation.convention}" if evaluation.features == "inception"
+               else f", features {evaluation.features}")
+    print(f"{path}: {evaluation.count} samples, seed {seed}, cfg {evaluation.cfg:g}{how}")
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print(" " * 20 + "".join(f"{column:>15}" for column in columns))
+    width = max(20, *(len(name) + 2 for name in rows))
+    print(" " * width + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
         cells = [f"{row[column]:15.4f}" if column in row else " " * 15 for column in columns]
-        print(f"{name:<20}" + "".join(cells))
+        print(f"{name:<{width}}" + "".join(cells))
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def ints(text):
-    return tuple(int(word) for word in text.split(","))
-
-
-def floats(text):
-    return tuple(float(word) for word in text.split(","))
-
-
-def size(text):
-    return ints(text) if "," in text else text
-
-
-EVALUATION = {"count", "steps", "cfg", "metrics", "convention", "inception_weights", "truncate"}
 FIELD_TYPES = {int: int, float: float, str: str, tuple: floats, str | tuple: size}
 
 

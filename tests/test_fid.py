@@ -3,11 +3,13 @@ import json
 import urllib.error
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torchvision
 from PIL import Image
 
 import fid
@@ -190,13 +192,14 @@ def test_the_state_dict_has_the_566_released_names():
 
 
 @pytest.mark.parametrize("size", [32, 299])
-def test_features_are_those_of_torch_fidelity_and_pytorch_fid(network, peers, size):
+def test_features_are_those_of_torch_fidelity_and_pytorch_fid(network, inception_file, peers, size):
     x = seeded_images(2, size, seed=size)
     close = lambda ours, theirs: ((ours - torch.from_numpy(theirs)).norm() / np.linalg.norm(theirs)).item()
     pool, logits, spatial = network(x)
     assert close(pool, peers[f"torch_fidelity_{size}"]) < 1e-5
     assert close(logits, peers[f"torch_fidelity_logits_{size}"]) < 1e-5
-    assert close(network(x, "pytorch-fid")[0], peers[f"pytorch_fid_{size}"]) < 1e-5
+    other = fid.load_inception(inception_file, convention="pytorch-fid")
+    assert close(other(x)[0], peers[f"pytorch_fid_{size}"]) < 1e-5
     assert close(pool, peers[f"pytorch_fid_{size}"]) > 1e-3                  # the conventions do differ
     assert spatial.shape == (2, 2023)
 
@@ -328,6 +331,90 @@ def test_blocks_do_not_change_precision_and_recall():
     assert fid.precision_recall(a, b, block=7) == fid.precision_recall(a, b, block=1000)
     with pytest.raises(ValueError, match="more than 3 images"):
         fid.precision_recall(a[:3], b)
+
+
+# ---- other features ----
+
+
+@pytest.fixture
+def classifier(tmp_path, monkeypatch):
+    """A small classifier of torchvision with random weights, in a hub cache as the real ones would be."""
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), cache / "new.pth")
+    digest = hashlib.sha256((cache / "new.pth").read_bytes()).hexdigest()[:8]
+    (cache / "new.pth").rename(cache / f"shuffle-{digest}.pth")
+    known = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT
+    published = SimpleNamespace(url=f"https://example.org/shuffle-{digest}.pth", transforms=known.transforms)
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: {"DEFAULT": published})
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return "shufflenet_v2_x0_5"
+
+
+def test_features_of_a_classifier_are_what_its_last_layer_sees(classifier):
+    network = fid.feature_network(classifier)
+    features, logits, _ = network(seeded_images(3, 40, seed=1))
+    assert features.shape == (3, 1024) and logits.shape == (3, 1000)
+    torch.testing.assert_close(network.model.fc(features), logits)
+
+
+def test_only_inception_features_are_called_fid(classifier, folders, capsys):
+    for features in (classifier, "pixels"):
+        fid.main([*folders, "--features", features, "--json"])
+        results = json.loads(capsys.readouterr().out)
+        assert results["features"] == features and results["convention"] is None
+        assert list(results)[5:] == [f"FD ({features})", f"precision ({features})", f"recall ({features})"]
+
+
+def test_pixel_features_of_shifted_images_differ_by_their_mean_gap():
+    network = fid.feature_network("pixels")
+    x = seeded_images(900, 32, seed=3) // 2
+    sets = {gap: fid.Extracted((x + gap).split(100), network, ("fid",)) for gap in (0, 51)}
+    rows = fid.compare({"same": sets[0], "brighter": sets[51]}, sets[0], ("fid",))
+    assert rows == {"FD (pixels)": {"same": pytest.approx(0, abs=1e-6),
+                                    "brighter": pytest.approx(768 * 0.4**2, rel=1e-5)}}
+
+
+def test_features_are_kept_only_for_the_measures_that_need_them():
+    x = [seeded_images(5, 16, seed=1)]
+    for metrics, kept in ((("fid",), 0), (("fid", "pr"), 5)):
+        extracted = fid.Extracted(x, fid.feature_network("pixels"), metrics)
+        assert len(extracted.features) == kept and extracted.fid.count == 5
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--features", "resnet51"], "resnet51"), (["--features", "resnet18:V9"], "resnet18:V9"),
+    (["--features", "squeezenet1_0"], "no Linear layer"),
+    (["--features", "pixels", "--metrics", "is"], "fid,pr"),
+    (["--features", "pixels", "--inception-weights", "w.pth"], "--inception-weights"),
+    (["--features", "fcn_resnet50"], "fcn_resnet50"),
+])
+def test_features_that_cannot_be_had_are_one_line(folders, capsys, argv, named):
+    with pytest.raises(SystemExit) as exit:
+        fid.main([*folders, *argv])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and named in lines[0]
+
+
+def test_a_classifier_without_its_weights_names_file_and_url(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        fid.feature_network("mobilenet_v2:IMAGENET1K_V1")
+    assert str(tmp_path) in str(error.value) and "/mobilenet_v2-b0353104.pth" in str(error.value)
+
+
+def test_statistics_of_other_features_are_refused(folders, tmp_path, capsys):
+    fid.main([folders[1], "--save", str(tmp_path / "b.npz"), "--features", "pixels"])
+    network = fid.feature_network("pixels")
+    stored = fid.load_statistics(tmp_path / "b.npz")
+    assert fid.check_metrics(None, network, stored) == ("fid",)
+    for wrong in ({"features": "inception"}, {"mu": np.zeros(5)}):
+        with pytest.raises(ValueError, match="expected 768 of pixels"):
+            fid.check_metrics(None, network, stored | wrong)
 
 
 # ---- bad input ----

@@ -822,7 +822,61 @@ def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: seen.append(chosen) or {})
     main(["--evaluate", str(trained)])
     main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d --truncate".split()])
-    assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d", truncate=True)]
+    main(["--evaluate", str(trained), *"--metrics fid,rfid --features pixels --reference r.npz".split()])
+    assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d", truncate=True),
+                    dict(metrics=("fid", "rfid"), features="pixels", reference="r.npz")]
+
+
+def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluations(tmp_path, monkeypatch):
+    """Evaluations after iterations 3, 6, 9, 12; a second run dies after its checkpoint of iteration 8."""
+    preset = replace(LONGER, checkpoint_every=8)
+    every = dict(evaluate_every=3 * 8 / 1500, evaluation=train.Evaluation(count=20, steps=(1, 2)))
+    whole = train.train(preset, tmp_path / "whole", seed=1, **every).parent
+    plain = train.train(preset, tmp_path / "plain", seed=1).parent
+    names = ("model", "ema", "optimizer")
+    flat = [torch.utils._pytree.tree_leaves([read_checkpoint(run / "last.pt")[name] for name in names])
+            for run in (whole, plain)]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*flat))
+    lines = [json.loads(line) for line in (whole / "evaluations.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["Fréchet distance"]["2 steps"] for line in lines}
+    assert list(scores) == [3, 6, 9, 12] and len(set(scores.values())) == 4
+    best = read_checkpoint(whole / "best.pt")
+    assert best["step"] == min(scores, key=scores.get)
+    again = evaluate(whole / "best.pt", count=20, steps=(1, 2))
+    assert again["Fréchet distance"]["2 steps"] == scores[best["step"]] == best["best"]["score"]
+
+    def dies(path, checkpoint, save=train.save_checkpoint):
+        if path.name == "last.pt" and checkpoint["step"] == 12:
+            raise RuntimeError("killed")
+        save(path, checkpoint)
+    monkeypatch.setattr(train, "save_checkpoint", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train(preset, tmp_path / "broken", seed=1, **every)
+    monkeypatch.undo()
+    train.train(preset, tmp_path / "broken", seed=1, resume=True, **every)
+    assert_same_run(tmp_path / "broken", whole)
+    assert read_checkpoint(tmp_path / "broken" / "best.pt")["step"] == best["step"]
+    logs = [(run / "evaluations.jsonl").read_text() for run in (tmp_path / "broken", whole)]
+    assert logs[0] == logs[1]
+
+
+def test_stored_statistics_of_the_training_images_replace_them(photos_run, folder, tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    for i in range(12):
+        image = load_data(replace(TINY, dataset="folder", data=str(folder)))[0][i][0]
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "real" / f"{i}.png")
+    fid.main([str(tmp_path / "real"), "--save", str(tmp_path / "r.npz"), "--features", "pixels"])
+    options = dict(count=10, steps=(1,), metrics=("fid",), features="pixels")
+    direct, stored = (evaluate(photos_run, **options, reference=npz)["FD (pixels)"]["1 step"]
+                      for npz in (None, str(tmp_path / "r.npz")))
+    assert stored == pytest.approx(direct, rel=1e-4)                        # its mean is float32
+    moved = []
+    for gap in (1, -1):                                 # the squared gap of means is a parabola in the shift
+        np.savez(tmp_path / f"{gap}.npz", features="pixels", sigma=np.load(tmp_path / "r.npz")["sigma"],
+                 mu=np.load(tmp_path / "r.npz")["mu"] + gap)
+        moved.append(evaluate(photos_run, **options, reference=str(tmp_path / f"{gap}.npz")))
+    sides = sum(rows["FD (pixels)"]["1 step"] for rows in moved)
+    assert sides == pytest.approx(2 * direct + 2 * 768, rel=1e-3)
 
 
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
@@ -867,6 +921,8 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--preset", "animal-faces", "--data", "no"], "cat/, dog/ and wild/"),
     (["--preset", "imagenet-l", "--data", "no"], "1,000 folders"),
     (["--preset", "fashion-mnist", "--data", "no"], "dataset-fashion-mnist"),
+    (["--evaluate-every", "-1"], "-1"), (["--evaluate-every", "1", "--metrics", "rfid"], "pixels or fid"),
+    (["--evaluate-every", "1", "--count", "1"], "--count"), (["--truncate"], "--truncate"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, options, named):
     def refuse(*args, **kwargs):
@@ -888,7 +944,10 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypat
     (["--preset", "digits"], "--preset"), (["--seed", "-1"], "-1"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"), (["--metrics", "fid,ssim"], "ssim"),
     (["--metrics", "fid", "--inception-weights", "nowhere.pth"], "nowhere.pth"),
-    (["--convention", "clean"], "clean"),
+    (["--convention", "clean"], "clean"), (["--metrics", "is", "--features", "pixels"], "fid,pr"),
+    (["--metrics", "fid", "--features", "resnet51"], "resnet51"),
+    (["--metrics", "fid", "--features", "pixels", "--reference", "nowhere.npz"], "nowhere.npz"),
+    (["--evaluate-every", "1"], "--evaluate-every"),
 ])
 def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
