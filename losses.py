@@ -1,4 +1,4 @@
-"""Losses of the Sphere Encoder, one function per equation. SE Sec. 2.3.
+"""Losses of both papers, one function per equation. SE Sec. 2.3, SLE Sec. 4.2-4.3.
 
 Images come in [-1, 1] and are compared in [0, 1]: there smooth L1 with beta 1 is half the squared error,
 which is what the weights of the released presets (25 and 50) are made for. Distances and means are float32
@@ -93,6 +93,78 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
 
     loss = sum((weight * parts[name] for name, weight in zip(WEIGHT_NAMES, weights) if weight), zero)
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+# ---- Sphere Latent Encoder ---------------------------------------------------------------------------------
+
+LATENT_WEIGHT_NAMES = ("recon_distance", "recon_cosine", "con_distance", "con_cosine", "lat_con")
+DISTANCES = {"l1": F.l1_loss, "smooth-l1": F.smooth_l1_loss, "l2": F.mse_loss}
+
+
+def latent_reconstruction_loss(z_hat_noisy, z, distance="l2", per_token=False):
+    """Distance and cosine of F(v_noisy) to the clean latent. SLE Eq. 2.
+
+    z_hat_noisy  [B, N, d]  prediction from the latent with the smaller noise (assumed, as in SE Eq. 7: the
+                            paper says "between the predicted latent and the clean latent")
+    z            [B, N, d]  the tokenizer's latent, Euclidean and not f(z) (assumed: the last prediction is
+                            decoded as it is, so it must have the tokenizer's scale)
+    distance     of DISTANCES; our text has lost the paper's symbol
+    per_token    a cosine per token instead of one of whole latents (assumed, as f and SE Eq. 9)
+    returns      (distance, 1 - cosine) scalars
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        a, b = at_least_float32(z_hat_noisy), at_least_float32(z)
+        cosine = F.cosine_similarity(*(latent.flatten(1 + per_token) for latent in (a, b)), dim=-1, eps=1e-6)
+        return DISTANCES[distance](a, b), (1 - cosine).mean()
+
+
+def latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance="l2", per_token=False):
+    """The same pair between F(v_NOISY) and F(v_noisy), which is a fixed target. SLE Eq. 3.
+
+    z_hat_NOISY  [B, N, d]  prediction from the latent with the larger noise
+    z_hat_noisy  [B, N, d]  prediction from the latent with the smaller noise, detached here (the paper's sg)
+    returns      (distance, 1 - cosine) scalars, as latent_reconstruction_loss
+    """
+    return latent_reconstruction_loss(z_hat_NOISY, z_hat_noisy.detach(), distance, per_token)
+
+
+def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
+    """1 - cosine of F(f(F(v_NOISY))) and the clean latent: what the paper removes. SLE Sec. 4.3.
+
+    Assumed: SE Eq. 9 with the denoiser in the place of decoder and encoder; the paper's simplified variant is
+    in an appendix that is not in our text. Costs a third pass of the denoiser. Returns a scalar.
+    """
+    return latent_reconstruction_loss(denoiser(spherify(z_hat_NOISY), y), z.detach())[1]
+
+
+def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0), distance="l2",
+                       per_token=False):
+    """The objective of the Sphere Latent Encoder: the weighted sum of SLE Eq. 2 and 3, on latents alone.
+
+    denoiser    SiT
+    z           [B, N, d]        clean latents of the tokenizer
+    y           [B] or [>=3, B]  classes; rows are those of the passes F(v_NOISY), F(v_noisy) and the
+                                 ablation's, so that class dropout can be independent in each
+    sigma       [B]              noise magnitude of v_NOISY
+    sigma_sub   [B]              noise magnitude of v_noisy
+    e           [B, N, d]        Gaussian noise, the same for both (assumed, as in SE Sec. 2.3), added to
+                                 v = f(z) (assumed, as SE Eq. 4; noise on z would only be of another scale)
+    weights     of LATENT_WEIGHT_NAMES, in that order (assumed 1: our text lacks them; the last is the
+                ablation's, removed by the paper)
+    returns     loss, {name: unweighted part}; the parts are detached and stay on the device
+    """
+    y_NOISY, y_noisy, y_again = y[:3] if y.ndim == 2 else [y] * 3
+    v = spherify(z)
+    v_NOISY, v_noisy = add_noise(v, sigma, e), add_noise(v, sigma_sub, e)                        # SLE Eq. 1
+    both = denoiser(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy]))
+    z_hat_NOISY, z_hat_noisy = both.chunk(2)
+
+    parts = [*latent_reconstruction_loss(z_hat_noisy, z, distance, per_token),
+             *latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance, per_token),
+             denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y_again) if weights[4]
+             else z.new_zeros(())]
+    loss = sum(weight * part for weight, part in zip(weights, parts) if weight)
+    return loss, {name: part.detach() for name, part in zip(LATENT_WEIGHT_NAMES, parts)}
 
 
 # ---- Perceptual distance -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sampling from a Sphere Encoder: Algorithm 1, with classifier-free guidance. SE Sec. 2.4, 6, App. C.1.
+"""Sampling: Algorithm 1 of both papers, with guidance. SE Sec. 2.4, 6, App. C.1; SLE Sec. 4.4.
 
     python sample.py --checkpoint out/digits/last.pt --out out/samples --steps 4
     python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --cfg 1.5 --singles
@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import zipfile
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fid import to_uint8
-from models import SphereEncoder, convert_official, convert_official_config
+from models import (RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config,
+                    weights_digest)
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 
 POSITIONS = ("encoder", "decoder", "combo")
+KINDS = {"sphere-encoder": SphereEncoder, "sphere-latent-encoder": SiT}
 CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "optimizer", "step", "seed",
                    "preset", "images"}
 
@@ -49,21 +52,11 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
 
     Raises ValueError for a class, step count, scale, angle, seed or noise out of range.
     """
-    device = next(model.parameters()).device
-    y = torch.as_tensor(y, device=device)
-    K = model.num_classes
-    if y.ndim != 1 or len(y) < 1 or y.is_floating_point() or not bool(((y >= 0) & (y <= K)).all()):
-        raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
-    s_encoder, s_decoder = _guidance_scales(cfg, position, conditional=K > 0)
+    y = _checked_classes(model, y)
+    s_encoder, s_decoder = _guidance_scales(cfg, position, conditional=model.num_classes > 0)
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
     r = step_schedule(steps, gamma, official)
-    draws = min(steps, 2 if official else 1) if shared else steps
-    if e is None:
-        e = sample_noise(seed, first, len(y), model.latent_shape, draws)
-    e = (e[None] if e.ndim == 3 else e).to(device)                                         # [draws, B, N, d]
-    expected = [draws, len(y), *model.latent_shape]
-    if list(e.shape) != expected:
-        raise ValueError(f"e must be {expected[draws == 1:]}, got {list(e.shape)}")
+    e = _noise_of_steps(model, y, steps, shared, official, seed, first, e)                    # [T, B, N, d]
 
     def guided(network, inputs, s):
         output = network(inputs, y)
@@ -76,20 +69,83 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     x = guided(model.decode, v, s_decoder).clamp(-1, 1)     # the clamp after guidance is the official code's
     for t in range(2, steps + 1):
         z = guided(model.encode, x, s_encoder)
-        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[min(t, draws) - 1])
+        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[t - 1])
         x = guided(model.decode, v, s_decoder).clamp(-1, 1)
     return x
 
 
 @torch.no_grad()
+def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=None, shared=None, project_last=False,
+                    seed=0, first=0, e=None, official=False):
+    """Images from random points of the sphere, in T steps within the latent space and one decode. SLE Alg. 1.
+
+    denoiser  SiT with a tokenizer
+    y, steps, cfg, alpha, seed, first, e, official  as in generate; guidance acts at every step
+    gamma     decay of the noise over the steps, SE Eq. 13; None is the denoiser's own, that of its preset
+    shared    one noise vector per image for all steps, or a fresh one at every step; None likewise
+    project_last  decode f(z_hat) of the last step instead of z_hat itself (the model card's "raw final step")
+    returns   [B, 3, H, W] in [-1, 1], on the denoiser's device
+
+    Raises ValueError for a class, step count, scale, angle, seed or noise out of range, or without tokenizer.
+    """
+    if denoiser.tokenizer is None:
+        raise ValueError("generate_latent needs a denoiser with a tokenizer; attach one")
+    y = _checked_classes(denoiser, y)
+    _guidance_scales(cfg, "combo", conditional=denoiser.num_classes > 0)
+    sigma_max = angle_to_sigma(denoiser.alpha_max if alpha is None else alpha)
+    shared = denoiser.shared if shared is None else shared
+    r = step_schedule(steps, denoiser.gamma if gamma is None else gamma, official)
+    e = _noise_of_steps(denoiser, y, steps, shared, official, seed, first, e)                 # [T, B, N, d]
+
+    z = e[0]                                                # line 2
+    for t in range(1, steps + 1):
+        v = spherify(z)                                     # line 5
+        z_hat = denoiser(v, y)                              # line 6
+        if cfg != 1:
+            null = denoiser(v, None)
+            z_hat = null + cfg * (z_hat - null)
+        if t < steps:
+            sigma = r[t - 1].item() * sigma_max             # line 7
+            z = spherify(z_hat) + sigma * e[t]              # lines 9 and 10
+    return denoiser.tokenizer.decode(spherify(z_hat) if project_last else z_hat).clamp(-1, 1)
+
+
+def sampler(model):
+    """generate or generate_latent, whichever draws from the model."""
+    return generate_latent if isinstance(model, SiT) else generate
+
+
+@torch.no_grad()
 def reconstruct(model, x, y=None):
-    """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2.
+    """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. Of a denoiser: D(E(x)) of its tokenizer.
 
     x        [B, 3, H, W] in [-1, 1], on the model's device
     y        [B] int64 or None for the null class, the paper's default for reconstruction
     returns  [B, 3, H, W] in [-1, 1]
     """
+    if isinstance(model, SiT):
+        return model.tokenizer.decode(model.tokenizer.encode(x))
     return model.decode(spherify(model.encode(x, y)), y)
+
+
+def _checked_classes(model, y):
+    device, K = next(model.parameters()).device, model.num_classes
+    y = torch.as_tensor(y, device=device)
+    if y.ndim != 1 or len(y) < 1 or y.is_floating_point() or not bool(((y >= 0) & (y <= K)).all()):
+        raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
+    return y
+
+
+def _noise_of_steps(model, y, steps, shared, official, seed, first, e):
+    """The noise of every step [T, B, N, d]: seeded or given, one draw per step or one for several."""
+    draws = min(steps, 2 if official else 1) if shared else steps
+    if e is None:
+        e = sample_noise(seed, first, len(y), model.latent_shape, draws)
+    e = (e[None] if e.ndim == 3 else e).to(y.device)                                       # [draws, B, N, d]
+    expected = [draws, len(y), *model.latent_shape]
+    if list(e.shape) != expected:
+        raise ValueError(f"e must be {expected[draws == 1:]}, got {list(e.shape)}")
+    return e[torch.arange(steps).clamp(max=draws - 1)]
 
 
 def _guidance_scales(cfg, position, conditional):
@@ -112,7 +168,7 @@ def read_checkpoint(path):
     """
     checkpoint = _read(path)
     whole = isinstance(checkpoint, dict) and CHECKPOINT_KEYS <= checkpoint.keys()
-    if not whole or checkpoint["kind"] != "sphere-encoder":
+    if not whole or checkpoint["kind"] not in KINDS:
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint written by train.py (one of the "
                          f"official code needs its cfg.json: --config)")
     return checkpoint
@@ -130,25 +186,52 @@ def save_checkpoint(path, checkpoint):
     os.replace(beside, path)
 
 
-def load(path, device="cpu", ema=None, config=None):
-    """The model of a checkpoint, rebuilt from the file alone.
+def load(path, device="cpu", ema=None, config=None, rae=None):
+    """The model of a checkpoint, rebuilt from the file alone (and the RAE's own files, if it needs them).
 
     path     written by train.py
     ema      use the averaged weights or the plain ones; None is the choice stored in the checkpoint
     config   cfg.json, if the checkpoint is one of the official code; then None means the plain weights, with
              which the official code samples
-    returns  SphereEncoder in eval mode, with `class_names` (one per class; empty if unconditional)
+    rae      arguments of models.RAE that replace those stored, such as the places of its files
+    returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
+             if unconditional)
     Raises FileNotFoundError or ValueError, naming the path.
     """
-    model = build_official(path, config, ema) if config else build(read_checkpoint(path), path, ema)
+    model = build_official(path, config, ema) if config else build(read_checkpoint(path), path, ema, rae)
     return model.to(device)
 
 
-def build(checkpoint, path, ema=None):
+def build(checkpoint, path, ema=None, rae=None):
     """The model of a checkpoint that was read from a path; see load."""
-    return _assembled(path, checkpoint["config"],
-                      checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"],
-                      checkpoint["class_names"])
+    model = _assembled(KINDS[checkpoint["kind"]], path, checkpoint["config"],
+                       checkpoint["ema" if (checkpoint["use_ema"] if ema is None else ema) else "model"],
+                       checkpoint["class_names"])
+    if isinstance(model, SiT):
+        model.attach(build_tokenizer(checkpoint.get("tokenizer"), path, rae))
+    return model
+
+
+def stored_tokenizer(tokenizer):
+    """What a checkpoint holds of a tokenizer: all of a Sphere Encoder, the places and digest of an RAE."""
+    if isinstance(tokenizer, RAE):
+        return {"kind": "rae", "config": tokenizer.config, "sha256": weights_digest(tokenizer)}
+    return {"kind": "sphere-encoder", "config": tokenizer.model.config,
+            "weights": tokenizer.model.state_dict()}
+
+
+def build_tokenizer(stored, path, rae=None):
+    """The tokenizer that a checkpoint's entry describes; see load. ValueError if the RAE is another one."""
+    if not isinstance(stored, dict) or stored.get("kind") not in ("rae", "sphere-encoder"):
+        raise ValueError(f"{path}: it holds no tokenizer for its denoiser; use another copy")
+    if stored["kind"] == "sphere-encoder":
+        return SphereTokenizer(_assembled(SphereEncoder, path, stored["config"], stored["weights"], []))
+    tokenizer = RAE(**stored["config"] | (rae or {}))
+    if weights_digest(tokenizer) != stored["sha256"]:
+        files = ", ".join(str(value) for value in stored["config"].values() if value)
+        raise ValueError(f"{path} was trained on the latents of another RAE; name the files of that one "
+                         f"({files})")
+    return tokenizer
 
 
 def build_official(path, config, ema=None):
@@ -169,12 +252,13 @@ def build_official(path, config, ema=None):
         weights = convert_official(checkpoint[wanted])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _assembled(path, arguments, weights, [str(k) for k in range(arguments["num_classes"])])
+    names = [str(k) for k in range(arguments["num_classes"])]
+    return _assembled(SphereEncoder, path, arguments, weights, names)
 
 
-def _assembled(path, arguments, weights, class_names):
+def _assembled(network, path, arguments, weights, class_names):
     try:
-        model = SphereEncoder(**arguments)
+        model = network(**arguments)
         model.load_state_dict(weights)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -273,6 +357,24 @@ def pick_device(name):
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
+RAE_OPTIONS = {"dinov2_repo": "repo", "dinov2_weights": "encoder_weights", "rae_decoder": "decoder_weights",
+               "rae_statistics": "statistics"}
+
+
+def add_rae_options(parser):
+    """Options for the places of the RAE's files, named in RAE_OPTIONS as arguments of models.RAE."""
+    files = parser.add_argument_group("files of the RAE, where torch.hub cannot or should not find them")
+    files.add_argument("--dinov2-repo", metavar="FOLDER", help="copy of github.com/facebookresearch/dinov2")
+    files.add_argument("--dinov2-weights", metavar="FILE", help="dinov2_vitb14_reg4_pretrain.pth")
+    files.add_argument("--rae-decoder", metavar="FILE", help="its decoder, model.pt")
+    files.add_argument("--rae-statistics", metavar="FILE", help="of its latents, stat.pt")
+
+
+def rae_arguments(given):
+    """Arguments of models.RAE from a dictionary of options."""
+    return {argument: given[name] for name, argument in RAE_OPTIONS.items() if given.get(name) is not None}
+
+
 def class_list(text):
     return [int(word) for word in text.split(",")]
 
@@ -291,16 +393,20 @@ def main(argv=None):
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=4, help="T of Algorithm 1 (default %(default)s)")
     how.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
-    how.add_argument("--position", choices=POSITIONS, default="combo",
-                     help="where to guide (default %(default)s)")
-    how.add_argument("--gamma", type=float, default=0.0,
-                     help="decay of the noise, Eq. 13; 0 = fixed (default %(default)s)")
-    how.add_argument("--fresh", action="store_true", help="fresh noise at every step instead of the same one")
+    how.add_argument("--position", choices=POSITIONS,
+                     help="where a Sphere Encoder is guided (default combo)")
+    how.add_argument("--gamma", type=float, help="decay of the noise, Eq. 13; 0 = fixed (default 0; Sphere "
+                                                 "Latent Encoder: as the preset says)")
+    how.add_argument("--fresh", action=argparse.BooleanOptionalAction,
+                     help="fresh noise at every step instead of the same one (default likewise)")
+    how.add_argument("--project-last", action="store_true",
+                     help="Sphere Latent Encoder: project the last prediction before it is decoded")
     how.add_argument("--official", action="store_true",
                      help="share noise from step 2 on, end the decay at 1/T: as the official code does")
     how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: the training's)")
     how.add_argument("--ema", action=argparse.BooleanOptionalAction,
                      help="averaged weights (default as the preset says)")
+    add_rae_options(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="out/samples", help="folder for the pictures (default %(default)s)")
     out.add_argument("--singles", action="store_true", help="also write every image as a PNG of its own size")
@@ -323,8 +429,15 @@ def draw_samples(args):
     grid = out / "samples.png"
     if grid.exists() or (args.singles and any(out.glob("[0-9]*.png"))):
         raise ValueError(f"{out} already holds samples; choose another --out, or remove them")
-    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
+    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config, rae_arguments(vars(args)))
     K = model.num_classes
+    options = {"alpha": args.alpha, "gamma": args.gamma, "position": args.position,
+               "shared": None if args.fresh is None else not args.fresh,
+               "project_last": args.project_last or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options.keys() - signature(sampler(model)).parameters.keys():
+        raise ValueError(f"--{name.replace('_', '-')} is no option of {type(model).__name__}, of which "
+                         f"{args.checkpoint} is a checkpoint; drop it")
     if args.classes and not K:
         raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
     classes = args.classes or list(range(max(K, 1)))
@@ -336,9 +449,8 @@ def draw_samples(args):
 
     shown = []
     for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
-        x = generate(model, y[start:start + args.batch_size], args.steps, args.cfg, alpha=args.alpha,
-                     gamma=args.gamma, shared=not args.fresh, position=args.position, seed=args.seed,
-                     first=start, official=args.official).cpu()
+        x = sampler(model)(model, y[start:start + args.batch_size], args.steps, args.cfg, seed=args.seed,
+                           first=start, official=args.official, **options).cpu()
         out.mkdir(parents=True, exist_ok=True)          # only now: a bad option leaves no folder behind
         if args.singles:
             for k, image in enumerate(x):

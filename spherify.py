@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.random import Generator, Philox
 
+MAPPINGS = ("sigma", "angle")
+
 
 def spherify(z, eps=1e-6):
     """Project latents onto the sphere of radius sqrt(L), the paper's f. SE Eq. 1.
@@ -123,24 +125,27 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=
     return mixed, s * (sigma if official_hard else mixed)
 
 
-def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, generator=None):
+def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", generator=None):
     """Noise magnitudes of the Sphere Latent Encoder. SLE Sec. 4.3.
 
     batch       number of samples B
-    alpha_max   degrees; sigma = r tan(alpha_max), the mapping of SE Eq. 5 (assumed: our text lacks the
-                formula)
-    mean, std   of the normal draw before the logistic function (assumed 0 and 1: our text lacks the
-                values)
+    alpha_max   degrees, the angle of r = 1
+    mean, std   of the normal draw before the logistic function, whose result is r in (0, 1) (assumed 0 and 1:
+                our text lacks the values)
+    mapping     from r to sigma: "sigma", r tan(alpha_max), as SE Eq. 5 (assumed: our text lacks the formula),
+                or "angle", tan(r alpha_max)
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two draws
 
-    Raises ValueError for an angle outside [0, 90) or a negative std.
+    Raises ValueError for an angle outside [0, 90), a negative std or an unknown mapping.
     """
     sigma_max = angle_to_sigma(alpha_max)
-    if not std >= 0:
-        raise ValueError(f"std must be at least 0, got {std}")
+    if not std >= 0 or mapping not in MAPPINGS:
+        raise ValueError(f"std must be at least 0 and the mapping one of {', '.join(MAPPINGS)}, "
+                         f"got {std} and {mapping!r}")
     r = torch.sigmoid(mean + std * torch.randn(2, _checked(batch), generator=generator))    # [2, B]
-    return r.amax(0) * sigma_max, r.amin(0) * sigma_max
+    sigma = r * sigma_max if mapping == "sigma" else angle_to_sigma(r * alpha_max)
+    return sigma.amax(0), sigma.amin(0)
 
 
 def step_schedule(steps, gamma, official=False):

@@ -1,6 +1,7 @@
-"""Training and evaluation of a Sphere Encoder. SE Sec. 2.3, 3, App. C.2, D.
+"""Training and evaluation of both papers' models. SE Sec. 2.3, 3, App. C.2, D; SLE Sec. 4, 5.
 
     python train.py                                                   # handwritten digits, in minutes
+    python train.py --preset digits-latent                            # the same with a Sphere Latent Encoder
     python train.py --preset folder --data photos --out out/photos    # any folder of class folders
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
     python train.py --evaluate out/digits/last.pt
@@ -9,6 +10,7 @@
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import torch
 from numpy.random import SeedSequence
 from torch import distributed, nn
@@ -32,11 +35,13 @@ from tqdm import tqdm
 
 from fid import (CONVENTIONS, FEATURES_HELP, METRICS, Extracted, check_metrics, compare, feature_network,
                  load_statistics, pixel_quality, read_image, to_uint8, warnings_in_one_line, words)
-from losses import PERCEPTUAL, WEIGHT_NAMES, perceptual_distance, sphere_encoder_loss
-from models import SphereEncoder
-from sample import (Parser, build, generate, pick_device, picture, read_checkpoint, reconstruct,
-                    save_checkpoint, steps_label)
-from spherify import uniform_sigmas
+from losses import (DISTANCES, LATENT_WEIGHT_NAMES, PERCEPTUAL, WEIGHT_NAMES, perceptual_distance,
+                    sphere_encoder_loss, sphere_latent_loss)
+from models import RAE, RAEBlock, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, Transformer, weights_digest
+from sample import (RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, load, pick_device, picture,
+                    rae_arguments, read_checkpoint, reconstruct, sampler, save_checkpoint, steps_label,
+                    stored_tokenizer)
+from spherify import MAPPINGS, logit_normal_sigmas, uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
 
@@ -89,7 +94,19 @@ class Preset:
     stratified: bool = option(False, "spread the noise magnitudes over the global batch")
     official_hard: bool = option(False, "draw hard cases as the official code does, from a narrow band")
 
-    weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES))
+    tokenizer: str = option("none", "none: train a Sphere Encoder; else a Sphere Latent Encoder, on latents of: "
+                                    "rae, a Sphere Encoder's preset (trained first) or a checkpoint of one")
+    denoiser_size: str | tuple = option("B", "S, B, L, XL, or width,depth,heads")
+    noise_mean: float = option(0.0, "of the normal draws of the logit-normal noise", -math.inf)
+    noise_std: float = option(1.0, "of the normal draws of the logit-normal noise", 0)
+    noise_mapping: str = option("sigma", "what is linear in such a draw", choices=MAPPINGS)
+    distance: str = option("l2", "between latents", choices=tuple(DISTANCES))
+    token_cosine: bool = option(False, "cosine per token instead of whole latents")
+    gamma: float = option(1.0, "decay of the noise when a Sphere Latent Encoder samples; 0 = fixed", 0)
+    fresh: bool = option(False, "fresh noise at every step then, instead of the same one")
+
+    weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES)
+                            + "; with a tokenizer: " + " ".join(LATENT_WEIGHT_NAMES))
     perceptual: str = option("lpips-vgg", f"perceptual distance: {', '.join(PERCEPTUAL)}")
     class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
@@ -137,6 +154,16 @@ IMAGENET = replace(
     AT_256, dataset="imagenet", data="data/imagenet",
     latent_dim=64, epochs=800,                                              # paper Sec. 3.2: L = 32^2 x 64
     weights=(50.0, 1.0, 25.0, 1.0, 0.1), warmup=5 / 800)                    # script
+# Little noise and no classes: a Sphere Encoder that serves as tokenizer. Of its losses only Eq. 7 is left.
+TOKENIZER = {"conditional": False, "alpha_max": 45.0, "alpha_hard": 45.0, "hard_prob": 0.0,
+             "weights": (1.0, 0.0, 0.0, 0.0, 0.0)}
+# On the RAE's latents. Of these settings, our text of the paper has the sizes of images and denoisers, the
+# flips and the use of averaged weights; rates, EMA, batch and lengths are assumed: those of the RAE's authors
+# for their diffusion models, and the Sphere Encoder's epochs.
+RAE_LATENTS = Preset(
+    tokenizer="rae", image_size=256, denoiser_size="B", alpha_max=85.0, weights=(1.0, 1.0, 1.0, 1.0, 0.0),
+    perceptual="none", batch_size=1024, lr=2e-4, min_lr=2e-5, lr_batch=1024, ema=0.9995, use_ema=True,
+    epochs=1000, warmup=10 / 1000, log_every=10)
 BASE = {"encoder_size": "base", "decoder_size": "base"}
 SCRIPT = {**BASE, "perceptual": "lpips-convnext", "stratified": True, "official_hard": True}
 
@@ -157,6 +184,32 @@ PRESETS = {
         weights=(1.0, 0.0, 1.0, 0.0, 0.02), perceptual="none",
         batch_size=32, iterations=16_000, lr=3e-3, min_lr=1e-5, lr_batch=32, warmup=200 / 16_000,
         encoder_lr_scale=1.0, ema=0.999, use_ema=True, picture_every=4000),
+    # Four tokens of 8x8 pixels: a quarter of the work of 4x4 ones, and a smoother latent space. All of it
+    # ours, as are the denoisers' settings; together as long as "digits".
+    "digits-tokenizer": Preset(
+        dataset="digits", image_size=16, flip=False, patch_size=8, latent_dim=32,
+        encoder_size=(96, 1, 4), decoder_size=(96, 2, 4), mixer_depth=2, **TOKENIZER, perceptual="none",
+        batch_size=64, iterations=1200, lr=4e-3, min_lr=1e-5, lr_batch=64, warmup=50 / 1200,
+        encoder_lr_scale=1.0, ema=0.99, use_ema=True, log_every=10, checkpoint_every=200),
+    "digits-latent": Preset(
+        dataset="digits", image_size=16, flip=False, tokenizer="digits-tokenizer", denoiser_size=(128, 4, 4),
+        alpha_max=80.0, noise_mean=-1.0, noise_std=1.5, weights=(1.0, 1.0, 1.0, 1.0, 0.0), perceptual="none",
+        batch_size=64, iterations=1600, lr=2e-3, min_lr=1e-5, lr_batch=64, warmup=50 / 1600,
+        ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
+    "fashion-mnist-tokenizer": Preset(
+        dataset="fashion-mnist", image_size=32, flip=False, patch_size=8, latent_dim=32,
+        encoder_size=(96, 1, 4), decoder_size=(128, 3, 4), mixer_depth=2, **TOKENIZER, perceptual="none",
+        batch_size=64, iterations=5000, lr=3e-3, min_lr=1e-5, lr_batch=64, warmup=100 / 5000,
+        encoder_lr_scale=1.0, ema=0.999, use_ema=True),
+    "fashion-mnist-latent": Preset(
+        dataset="fashion-mnist", image_size=32, flip=False, tokenizer="fashion-mnist-tokenizer",
+        denoiser_size=(128, 6, 4), alpha_max=82.0, noise_mean=-1.0, noise_std=1.5,
+        weights=(1.0, 1.0, 1.0, 1.0, 0.0), perceptual="none", batch_size=64, iterations=16_000, lr=2e-3,
+        min_lr=1e-5, lr_batch=64, warmup=200 / 16_000, ema=0.999, use_ema=True, picture_every=4000),
+    "animal-faces-latent": replace(RAE_LATENTS, dataset="animal-faces", data="data/afhq"),
+    "flowers102-latent": replace(RAE_LATENTS, dataset="flowers102"),
+    "imagenet-latent": replace(RAE_LATENTS, dataset="imagenet", data="data/imagenet", denoiser_size="XL",
+                               epochs=800, warmup=5 / 800),
     "cifar10": CIFAR10,
     "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=10 / 10_000),   # paper App. D
     "animal-faces": ANIMAL_FACES,
@@ -174,6 +227,11 @@ PRESETS = {
     # Any folder of class folders; all of it ours.
     "folder": Preset(iterations=100_000),
 }
+
+
+def is_latent(preset):
+    """Whether a preset trains a Sphere Latent Encoder."""
+    return preset.tokenizer != "none"
 
 
 def total_iterations(preset, images):
@@ -271,6 +329,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, samples, size):
         from torchvision import transforms
+        self.size = size
         self.paths, self.targets = zip(*samples)
         self.transform = transforms.Compose([
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
@@ -305,6 +364,99 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
         yield [order(position // size)[position % size] for position in positions]
 
 
+# ---- Latents -----------------------------------------------------------------------------------------------
+
+
+def new_tokenizer(preset, out, rae):
+    """The tokenizer that a new run of a Sphere Latent Encoder is trained on; see Preset.tokenizer."""
+    if preset.tokenizer == "rae":
+        tokenizer = RAE(**rae)
+    else:
+        path = out / "tokenizer" / "last.pt" if preset.tokenizer in PRESETS else Path(preset.tokenizer)
+        model = load(path)
+        if not isinstance(model, SphereEncoder):
+            raise ValueError(f"{path} holds a Sphere Latent Encoder; --tokenizer needs rae, a preset or a "
+                             f"checkpoint of a Sphere Encoder")
+        tokenizer = SphereTokenizer(model)
+    if tuple(tokenizer.image_size) != (preset.image_size,) * 2:
+        raise ValueError(f"--image-size {preset.image_size} must be that of the tokenizer "
+                         f"{preset.tokenizer}, {tokenizer.image_size[0]}")
+    return tokenizer
+
+
+class LatentCache(Dataset):
+    """Latents of a whole data set in a memory-mapped file, latents.bin in a folder; computed if it is absent.
+
+    An item i is (z [N, d], class) of image i; if flips are drawn, item n + i is that of image i mirrored. The
+    file begins with what its latents depend on: the digests of tokenizer and data.
+    Raises ValueError naming the file, if it is of another tokenizer or data set, or cut short.
+    """
+
+    header = 4096                                           # bytes
+
+    def __init__(self, folder, data, tokenizer, flip, device, workers=0):
+        self.targets = data.targets
+        shape = (1 + flip, len(data), *tokenizer.latent_shape)
+        path = Path(folder) / "latents.bin"
+        key = {"tokenizer": weights_digest(tokenizer), "data set": data_digest(data), "shape": list(shape)}
+        first_process_first(lambda: path.exists() or self.write(path, key, data, tokenizer, device, workers))
+        with open(path, "rb") as file:
+            head = file.read(self.header)
+        try:
+            stored = json.loads(head)
+        except ValueError:
+            stored = {}
+        for name, value in key.items():
+            if stored.get(name) != value:
+                raise ValueError(f"{path} holds latents of another {name}; delete it, or name another "
+                                 f"folder: --latent-cache")
+        size, expected = path.stat().st_size, self.header + 4 * math.prod(shape)
+        if size != expected:
+            raise ValueError(f"{path} has {size} bytes, expected {expected}: it was cut short; delete it")
+        self.latents = np.memmap(path, np.float32, "r", self.header, shape).reshape(-1, *shape[2:])
+
+    def write(self, path, key, data, tokenizer, device, workers):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_bytes(json.dumps(key).encode().ljust(self.header))
+        latents = np.memmap(beside, np.float32, "r+", self.header, tuple(key["shape"]))
+        loader = DataLoader(data, batch_size=64, num_workers=workers, generator=seeded(0))
+        place = 0
+        for images, _ in tqdm(loader, desc="latents", unit="batch", disable=process_rank()[0] > 0 or None):
+            x = to_float(images.to(device))
+            for variant in range(len(latents)):
+                z = tokenizer.encode(x.flip(-1) if variant else x)
+                latents[variant, place:place + len(x)] = z.cpu().numpy()
+            place += len(x)
+        latents.flush()
+        os.replace(beside, path)
+
+    def __len__(self):
+        return len(self.latents)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(self.latents[i].copy()), self.targets[i % len(self.targets)]
+
+
+def data_digest(data):
+    """SHA-256 of images in memory, or of the names and sizes of image files and of the size they get."""
+    digest = hashlib.sha256()
+    if isinstance(data, TensorDataset):
+        digest.update(data.tensors[0].contiguous().numpy())
+    else:
+        files = [("/".join(Path(path).parts[-2:]), os.path.getsize(path)) for path in data.paths]
+        digest.update(json.dumps([data.size, files]).encode())
+    digest.update(json.dumps(list(data.targets)).encode())
+    return digest.hexdigest()
+
+
+def mirrored(indices, images, preset, seed, steps, mine):
+    """Indices of images -> those of LatentCache, where a step's flips are other items."""
+    for step, batch in zip(steps, indices):
+        flip = random_draws(preset, seed, step)["flip"][mine]
+        yield [index + images * int(flipped) for index, flipped in zip(batch, flip)]
+
+
 # ---- Randomness --------------------------------------------------------------------------------------------
 
 
@@ -320,12 +472,16 @@ def seeded(*key):
 def random_draws(preset, seed, step):
     """All random scalars of a training step, for the whole global batch: a function of (seed, step) alone.
 
-    returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY))), sigma [B],
-             sigma_sub [B], e_seed [B]
+    returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY)); of a denoiser,
+             in its two or three passes), sigma [B], sigma_sub [B], e_seed [B]
     """
     B, generator = preset.batch_size, seeded(seed, 1, step)
-    sigma, sigma_sub = uniform_sigmas(B, preset.alpha_max, preset.alpha_hard, preset.hard_prob,
-                                      preset.stratified, generator, preset.official_hard)
+    if is_latent(preset):
+        sigma, sigma_sub = logit_normal_sigmas(B, preset.alpha_max, preset.noise_mean, preset.noise_std,
+                                               preset.noise_mapping, generator)
+    else:
+        sigma, sigma_sub = uniform_sigmas(B, preset.alpha_max, preset.alpha_hard, preset.hard_prob,
+                                          preset.stratified, generator, preset.official_hard)
     return {
         "flip": (torch.rand(B, generator=generator) < 0.5) & preset.flip,
         "drop": torch.rand(4, B, generator=generator) < preset.class_dropout,
@@ -346,34 +502,46 @@ def gaussian(seeds, shape, device):
 
 
 class Objective(nn.Module):
-    """SE Eq. 10 as one forward, for DistributedDataParallel and torch.compile. Draws nothing itself."""
+    """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile. Draws
+    nothing itself."""
 
-    def __init__(self, model, perceptual, weights):
+    def __init__(self, model, perceptual, preset):
         super().__init__()
-        self.model, self.perceptual, self.weights = model, perceptual, weights
+        self.model, self.perceptual, self.preset = model, perceptual, preset
 
     def forward(self, x, y, sigma, sigma_sub, e):
-        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, self.weights, self.perceptual)
+        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
+        p = self.preset
+        if is_latent(p):
+            return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance,
+                                      p.token_cosine)
+        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual)
 
 
-def build_model(preset, class_names):
+def build_model(preset, class_names, latent_shape=None):
+    """A preset's network; latent_shape (N, d) is that of a denoiser's tokenizer."""
     if preset.conditional and len(class_names) < 2:
         raise ValueError(f"{preset.data} has only the class {class_names[0]!r}; --no-conditional trains "
                          f"without classes")
     class_names = class_names if preset.conditional else []
-    model = SphereEncoder(preset.image_size, preset.patch_size, preset.latent_dim, len(class_names),
-                          preset.encoder_size, preset.decoder_size, preset.mixer_depth, preset.pixel_head,
-                          preset.alpha_max)
+    if is_latent(preset):
+        model = SiT(*latent_shape, len(class_names), preset.denoiser_size, preset.alpha_max, preset.gamma,
+                    not preset.fresh)
+    else:
+        model = SphereEncoder(preset.image_size, preset.patch_size, preset.latent_dim, len(class_names),
+                              preset.encoder_size, preset.decoder_size, preset.mixer_depth,
+                              preset.pixel_head, preset.alpha_max)
     model.class_names = class_names
     return model
 
 
 def build_optimizer(model, preset):
-    """AdamW in four groups: encoder and decoder, each with matrices (decayed) and the rest (not decayed)."""
+    """AdamW in groups: of encoder, decoder or denoiser the matrices (decayed) and the rest (not decayed)."""
+    networks = ([(model, 1.0)] if is_latent(preset)
+                else [(model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)])
     groups = [{"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
                "weight_decay": preset.weight_decay * matrices, "lr_scale": scale}
-              for network, scale in ((model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0))
-              for matrices in (True, False)]
+              for network, scale in networks for matrices in (True, False)]
     return torch.optim.AdamW(groups, lr=preset.lr, betas=tuple(preset.betas), fused=True)
 
 
@@ -400,10 +568,11 @@ def update_ema(ema, model, decay, step):
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
-          activation_checkpointing=False, perceptual_weights=None, evaluate_every=0, evaluation=None):
+          activation_checkpointing=False, perceptual_weights=None, rae=None, latent_cache=None,
+          evaluate_every=0, evaluation=None):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
-    preset   Preset (see PRESETS)
+    preset   Preset (see PRESETS). If its tokenizer is a preset too, that is trained first, into out/tokenizer
     out      folder for last.pt, log.jsonl, losses.png and samples-*.png; must not hold another run unless
              resume. With several machines, one that all of them see
     seed     with the preset decides every number of the run, whatever the number of processes
@@ -415,6 +584,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     compile                   torch.compile the objective
     activation_checkpointing  compute the blocks' activations again in the backward pass, do not store them
     perceptual_weights        folder of the perceptual networks' files, see losses.perceptual_distance
+    rae                       arguments of models.RAE, such as the places of its files
+    latent_cache              folder of latents.bin, see LatentCache; None: out if the images are in memory,
+                              else no cache; "none": no cache, images are encoded in every iteration
 
     evaluate_every  epochs between evaluations, written to evaluations.jsonl; 0 = off. The checkpoint whose
              Fréchet distance (FID, if measured) at the last of its numbers of steps is lowest is kept as
@@ -437,6 +609,11 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     if seed < 0 or (workers or 0) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, got {seed} and {workers}")
     checkpoint = check_folder(preset, out, seed, resume)
+    if preset.tokenizer in PRESETS and not checkpoint:
+        say(f"{out / 'tokenizer'}: first the tokenizer, {preset.tokenizer}")
+        begun = resume and (out / "tokenizer" / "last.pt").exists()
+        train(replace(PRESETS[preset.tokenizer], data=preset.data), out / "tokenizer", seed, begun, device,
+              workers)
     if checkpoint and checkpoint["step"] == total_iterations(preset, checkpoint["images"]):
         say(f"{last}: already trained for all its {checkpoint['step']} iterations")
         return last
@@ -444,23 +621,40 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
 
         # Data, model and its average, optimizer
         data, held_out, class_names = first_process_first(lambda: load_data(preset))
-        perceptual = first_process_first(lambda: perceptual_distance(
-            preset.perceptual if any(preset.weights[1::2]) else "none", perceptual_weights))
+        tokenizer, perceptual = None, None
+        if is_latent(preset):
+            tokenizer = first_process_first(
+                lambda: build_tokenizer(checkpoint["tokenizer"], last, rae) if checkpoint
+                else new_tokenizer(preset, out, rae or {})).to(device)
+        elif any(preset.weights[1::2]):
+            perceptual = first_process_first(
+                lambda: perceptual_distance(preset.perceptual, perceptual_weights))
         total = total_iterations(preset, len(data))
         measure_every = max(1, round(evaluate_every * len(data) / preset.batch_size)) if evaluate_every else 0
         measure = Evaluator(evaluation, data, held_out, device) if measure_every else None
         best = {"score": math.inf, "step": 0, "evaluation": asdict(evaluation)}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hashed(seed, 2))
-            model = build_model(preset, class_names).to(device)
+            model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape).to(device)
         if checkpoint:
             trained_on = checkpoint["images"], checkpoint["class_names"]
             if trained_on != (len(data), model.class_names):
                 raise ValueError(f"{last} was trained on {trained_on[0]} images of {trained_on[1]}; "
                                  f"{preset.data} now has {len(data)} of {class_names}; restore the data set")
+        if workers is None:
+            machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = 0 if isinstance(data, TensorDataset) else min(8, os.cpu_count() // machine)
+        source = data                                       # of what the loss is of: images or latents
+        if tokenizer and (latent_cache or isinstance(data, TensorDataset)) and latent_cache != "none":
+            source = LatentCache(latent_cache or out, data, tokenizer, preset.flip, device, workers)
         ema = copy.deepcopy(model).requires_grad_(False)
-        model.encoder.recompute = model.decoder.recompute = activation_checkpointing
-        objective = Objective(model, perceptual, preset.weights).to(device)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                module.recompute = activation_checkpointing
+        if tokenizer:
+            model.attach(tokenizer)
+            ema.attach(tokenizer)
+        objective = Objective(model, perceptual, preset).to(device)
         if world > 1:
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in signature(ddp).parameters              # since torch 2.15
@@ -479,7 +673,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
 
         def save(step, path=last):
             save_checkpoint(path, {
-                "kind": "sphere-encoder", "config": model.config, "class_names": model.class_names,
+                "kind": "sphere-latent-encoder" if tokenizer else "sphere-encoder",
+                "tokenizer": tokenizer and stored_tokenizer(tokenizer),
+                "config": model.config, "class_names": model.class_names,
                 "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset),
                 "images": len(data), "best": best})
@@ -502,12 +698,11 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         share = preset.batch_size // world
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
-        if workers is None:
-            machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = 0 if isinstance(data, TensorDataset) else min(8, os.cpu_count() // machine)
         steps = range(start, total)
         indices = batch_indices(len(data), preset.batch_size, seed, steps, mine)
-        loader = DataLoader(data, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu,
+        if source is not data:
+            indices = mirrored(indices, len(data), preset, seed, steps, mine)
+        loader = DataLoader(source, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu,
                             generator=seeded(seed))         # iterated once, so its workers persist
         window, began = [], time.time()
         with tqdm(total=total, initial=start, desc=out.name, unit="it", mininterval=1,
@@ -520,8 +715,11 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 e = gaussian(drawn.pop("e_seed"), model.latent_shape, device)                # [B, N, d]
                 drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
                 sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                        # [B] each
-                x = to_float(images.to(device, non_blocking=True))                           # [B, 3, H, W]
-                x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
+                x = images.to(device, non_blocking=True)        # [B, 3, H, W], or cached latents [B, N, d]
+                if source is data:
+                    x = to_float(x)
+                    x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
+                    x = tokenizer.encode(x) if tokenizer else x
                 labels = labels.to(device, non_blocking=True)
                 y = torch.where(drawn["drop"], model.num_classes, labels)                    # [4, B]
 
@@ -611,13 +809,17 @@ def check_preset(preset, world, accumulate):
     if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
         raise ValueError(f"--betas must be two numbers from 0 to below 1, got {p.betas}")
     if len(p.weights) != 5 or not all(0 <= w < math.inf for w in p.weights) or not any(p.weights):
+        names = LATENT_WEIGHT_NAMES if is_latent(p) else WEIGHT_NAMES
         raise ValueError(f"--weights must be five numbers of at least 0, not all 0 "
-                         f"({' '.join(WEIGHT_NAMES)}), got {p.weights}")
+                         f"({' '.join(names)}), got {p.weights}")
     if p.perceptual not in PERCEPTUAL:
         raise ValueError(f"--perceptual must be one of {', '.join(PERCEPTUAL)}, got {p.perceptual!r}")
-    if p.perceptual == "none" and (p.weights[1] or p.weights[3]):
+    if p.perceptual == "none" and (p.weights[1] or p.weights[3]) and not is_latent(p):
         raise ValueError(f"--perceptual none needs weights of 0 for the perceptual terms, such as "
                          f"--weights 1,0,1,0,0.1; got {p.weights}")
+    if is_latent(p) and p.tokenizer in PRESETS and is_latent(PRESETS[p.tokenizer]):
+        raise ValueError(f"--tokenizer must be none, rae, or the preset or a checkpoint of a Sphere Encoder, "
+                         f"got {p.tokenizer}")
     if p.perceptual != "none" and p.image_size < 16:
         raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
     if bool(p.epochs) == bool(p.iterations):
@@ -638,6 +840,9 @@ def check_ranges(options):
         if low is not None and not (low <= value <= high and value < math.inf):
             expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
             raise ValueError(f"{flag(f.name)} must be {expected}, got {value}")
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_folder(preset, out, seed, resume):
@@ -648,6 +853,8 @@ def check_folder(preset, out, seed, resume):
             raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
         return None
     if not last.exists():
+        if preset.tokenizer in PRESETS and (out / "tokenizer" / "last.pt").exists():
+            return None                                     # the run was left while it trained its tokenizer
         raise FileNotFoundError(f"{last}: nothing to resume; drop --resume to start there, or correct --out")
     checkpoint = read_checkpoint(last)
     stored = asdict(stored_preset(checkpoint, last)) | {"seed": checkpoint["seed"]}
@@ -780,7 +987,7 @@ def progress_picture(model, data, device, columns=5, rows=10):
     chosen = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
     x = to_float(torch.stack([data[place][0] for place in chosen])).to(device)
     y = torch.tensor(classes if model.num_classes else [0] * len(classes)).repeat_interleave(columns)
-    panels = {steps_label(T): generate(model, y, T) for T in (1, 2, 4)}
+    panels = {steps_label(T): sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     names = [model.class_names[c] for c in classes] if model.num_classes else None
     return picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}, names)
@@ -791,7 +998,7 @@ def plot_losses(log, path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in ("loss", *WEIGHT_NAMES):
+    for name in lines[-1].keys() - {"step", "grad_norm", "lr"}:
         if any(line[name] > 0 for line in lines):
             axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
@@ -823,10 +1030,11 @@ class Evaluation:
     truncate: bool = option(False, "cut samples to 8 bits as the official code does, do not round them")
 
 
-def evaluate(path, seed=0, data=None, device=None, **options):
+def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
     """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
 
     data     folder of the data set, if it is not where it was at training
+    rae      arguments of models.RAE that replace those stored, such as the places of its files
     options  fields of Evaluation
     returns  {row: {column: number}}, which main prints as a table; {} on all processes but the first
 
@@ -838,7 +1046,7 @@ def evaluate(path, seed=0, data=None, device=None, **options):
     preset = stored_preset(checkpoint, path)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
-        model = build(checkpoint, path).to(device)
+        model = build(checkpoint, path, rae=rae).to(device)
         train_set, held_out, class_names = first_process_first(lambda: load_data(preset))
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
@@ -872,8 +1080,8 @@ class Evaluator:
         y = torch.arange(self.evaluation.count) % max(model.num_classes, 1)
 
         def sampled(T, places):
-            return self.to_8_bits(generate(model, y[places], T, self.evaluation.cfg, seed=seed,
-                                           first=places[0]))
+            return self.to_8_bits(sampler(model)(model, y[places], T, self.evaluation.cfg, seed=seed,
+                                                 first=places[0]))
 
         rows = {}
         if "pixels" in self.evaluation.metrics:
@@ -978,6 +1186,9 @@ def main(argv=None):
     speed.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
     speed.add_argument("--perceptual-weights", metavar="FOLDER",
                        help="of the files vgg16-... and convnext_small-... (default torch.hub's cache)")
+    speed.add_argument("--latent-cache", metavar="FOLDER",
+                       help="of latents computed once; none = off (default OUT, if all images are in memory)")
+    add_rae_options(parser)
     judge = parser.add_argument_group("evaluate instead of training, or during it")
     judge.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples as a table")
     judge.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
@@ -1017,11 +1228,13 @@ def add_options(group, options):
 def dispatch(given):
     """Do what the options that were given say."""
     measured = {f.name: given.pop(f.name) for f in fields(Evaluation) if f.name in given}
+    if rae := rae_arguments(given):
+        given = {name: value for name, value in given.items() if name not in RAE_OPTIONS} | {"rae": rae}
     if "list" in given:
         list_presets()
     elif "evaluate" in given:
         path = given.pop("evaluate")
-        if misplaced := given.keys() - {"seed", "data", "device"}:
+        if misplaced := given.keys() - {"seed", "data", "device", "rae"}:
             raise ValueError(f"--evaluate takes its settings from the checkpoint; "
                              f"drop {flag(min(misplaced))}")
         print_table(path, Evaluation(**measured), given.get("seed", 0), evaluate(path, **given, **measured))
@@ -1043,33 +1256,80 @@ def train_as_told(preset=None, out=None, seed=None, resume=False, **given):
         checkpoint = read_checkpoint(out / "last.pt")
         settings = settings if preset else stored_preset(checkpoint, out / "last.pt")
         seed = checkpoint["seed"] if seed is None else seed
+    elif resume and not preset and (out / "tokenizer" / "last.pt").exists():
+        raise ValueError(f"{out} holds no more than its tokenizer yet; name the --preset and the settings "
+                         f"with which it was begun")
     elif changes.keys() & {"epochs", "iterations"}:         # the length given replaces the preset's
         changes = {"epochs": 0, "iterations": 0} | changes
     train(replace(settings, **changes), out, seed or 0, resume, **given)
 
 
 def list_presets():
-    """One line per preset, from models on the meta device: sizes, cost of one image, memory, settings."""
-    form = ("{:18}{:>6}{:>4}{:>7}{:>8}{:>14}  {:>8}{:>8}{:>8}{:>8}  {:>8}{:>8}  {:8}{:>18}  {}").format
-    print(form(*[""] * 6, "GFLOPs", *[""] * 3, "GiB", *[""] * 4).rstrip())
-    print(form("preset", "pixels", "P", "tokens", "L", "parameters", "encode", "decode", "1 step", "4 steps",
-               "weights", "AdamW", "angles", "length", "loss weights"))
+    """All presets, from models on the meta device: sizes, memory, settings; then the cost of one image."""
+    form = "{:24}{:>6}{:>4}{:>7}{:>8}{:>15}  {:>8}{:>8}  {:8}{:>17}  {}".format
+    print(form("preset", "pixels", "P", "tokens", "L", "parameters", "weights", "AdamW", "angles", "length",
+               "loss weights"))
+    costs = {}
     for name, preset in PRESETS.items():
         with torch.device("meta"):
-            model = build_model(preset, [str(k) for k in range(DATASETS[preset.dataset][0])])
-            encode = flops(lambda: model.encode(torch.empty(1, 3, *model.image_size)))
-            decode = flops(lambda: model.decode(torch.empty(1, *model.latent_shape)))
+            model, tokenizer = build_on_meta(preset)
+            costs[name] = cost_of_parts(model, tokenizer)
         N, d = model.latent_shape
         parameters = sum(p.numel() for p in model.parameters())
         moments = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        cost = [f"{flops:.4g}" for flops in (encode, decode, decode, decode + 3 * (encode + decode))]
         memory = [f"{4 * numbers / 2**30:.3f}" for numbers in (parameters, moments)]
-        print(form(name, preset.image_size, preset.patch_size, N, N * d, f"{parameters:,}", *cost, *memory,
-                   f"{preset.alpha_max:g}/{preset.alpha_hard:g}",
+        angles = f"{preset.alpha_max:g}" + ("" if is_latent(preset) else f"/{preset.alpha_hard:g}")
+        P = math.isqrt(preset.image_size**2 // N)
+        print(form(name, preset.image_size, P, N, N * d, f"{parameters:,}", *memory, angles,
                    f"{preset.epochs:g} epochs" if preset.epochs else f"{preset.iterations} iterations",
                    " ".join(f"{weight:g}" for weight in preset.weights)))
-    print("GFLOPs per image, without guidance (which doubles the guided passes), 2 for every multiply-add; "
-          "folder is counted with 10 classes")
+    print("weights, AdamW: GiB of float32; without the tokenizer, as the parameters")
+
+    form = ("{:24}" + "{:>9}" * 3 + "  " + "{:>9}" * 4 + "  " + "{:>9}" * 4).format
+    heads = [f"{T} {what}" for what in ("steps", "guided") for T in LIST_STEPS]
+    print("\n" + form("GFLOPs of one image", "encode", "denoise", "decode", *heads))
+    totals = {}
+    for name, (encode, denoise, decode) in costs.items():
+        if denoise:
+            totals[name] = [guided * T * denoise + decode for guided in (1, 2) for T in LIST_STEPS]
+        else:
+            totals[name] = [guided * (T * decode + (T - 1) * encode) for guided in (1, 2) for T in LIST_STEPS]
+        print(form(name, *(f"{cost:,.0f}" if cost >= 1000 else f"{cost:.4g}" if cost else "-"
+                           for cost in (encode, denoise, decode, *totals[name]))))
+    ratios = [se / sle for se, sle in zip(totals["imagenet-xl"], totals["imagenet-latent"])]
+    print(form("imagenet-xl / -latent", "", "", "", *(f"{ratio:.2f}" for ratio in ratios)))
+    print("2 for every multiply-add; guided: both passes of every step. A Sphere Latent Encoder decodes once "
+          "and encodes only to train; folder is counted with 10 classes")
+
+
+LIST_STEPS = (1, 2, 4, 6)
+
+
+def build_on_meta(preset):
+    """Model of a preset, and its tokenizer or, of an RAE, the tokenizer's decoder; without weights."""
+    class_names = [str(k) for k in range(DATASETS[preset.dataset][0])]
+    if not is_latent(preset):
+        return build_model(preset, class_names), None
+    if preset.tokenizer == "rae":
+        tokenizer = RAEDecoder(768, 16, 1152, 28, 16, 4096)                                 # ViT-XL
+        return build_model(preset, class_names, (256, 768)), tokenizer
+    tokenizer = build_model(PRESETS[preset.tokenizer], class_names)
+    return build_model(preset, class_names, tokenizer.latent_shape), tokenizer
+
+
+def cost_of_parts(model, tokenizer):
+    """GFLOPs of encoding, denoising (0 in a Sphere Encoder) and decoding one image, on the meta device."""
+    v = torch.empty(1, *model.latent_shape)
+    denoise = flops(lambda: model(v)) if tokenizer else 0
+    if isinstance(tokenizer, RAEDecoder):
+        # DINOv2-B: 12 blocks like these on 224 x 224 pixels, 256 patches, a class token and 4 registers.
+        embed = nn.Conv2d(3, 768, 14, 14)
+        blocks = nn.Sequential(*(RAEBlock(768, 12, 3072) for _ in range(12)))
+        encode = flops(lambda: (embed(torch.empty(1, 3, 224, 224)), blocks(torch.empty(1, 261, 768))))
+        return encode, denoise, flops(lambda: tokenizer(v))
+    autoencoder = tokenizer or model
+    encode = flops(lambda: autoencoder.encode(torch.empty(1, 3, *autoencoder.image_size)))
+    return encode, denoise, flops(lambda: autoencoder.decode(v))
 
 
 def flops(call):
