@@ -500,7 +500,8 @@ class SeparateAttention(nn.Module):
     def forward(self, x):
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [B, heads, N, head_dim]
                    for linear in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k = (norm(at_least_float32(x)).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))                                      # [B, N, D]
 
 
@@ -1033,6 +1034,9 @@ def _rae_file(path, url, cached):
 def _dinov2(repo, entry, weights):
     """DINOv2 through torch.hub: from GitHub, its cache or a folder; with its own weights or those given."""
     local = Path(repo).is_dir()
+    if not local and "/" not in repo:
+        raise FileNotFoundError(f"{repo}: no such folder; place https://github.com/facebookresearch/dinov2 "
+                                f"there")
     place = f"{torch.hub.get_dir()}/facebookresearch_dinov2_main, or name its folder"
     os.environ.setdefault("XFORMERS_DISABLED", "1")         # if installed, its attention fails on a CPU
     try:

@@ -94,8 +94,8 @@ class Preset:
     stratified: bool = option(False, "spread the noise magnitudes over the global batch")
     official_hard: bool = option(False, "draw hard cases as the official code does, from a narrow band")
 
-    tokenizer: str = option("none", "none: train a Sphere Encoder; else a Sphere Latent Encoder, on latents of: "
-                                    "rae, a Sphere Encoder's preset (trained first) or a checkpoint of one")
+    tokenizer: str = option("none", "none: train a Sphere Encoder; else a Sphere Latent Encoder, on latents "
+                                    "of rae, a Sphere Encoder's preset (trained first) or its checkpoint")
     denoiser_size: str | tuple = option("B", "S, B, L, XL, or width,depth,heads")
     noise_mean: float = option(0.0, "of the normal draws of the logit-normal noise", -math.inf)
     noise_std: float = option(1.0, "of the normal draws of the logit-normal noise", 0)
@@ -189,13 +189,13 @@ PRESETS = {
     "digits-tokenizer": Preset(
         dataset="digits", image_size=16, flip=False, patch_size=8, latent_dim=32,
         encoder_size=(96, 1, 4), decoder_size=(96, 2, 4), mixer_depth=2, **TOKENIZER, perceptual="none",
-        batch_size=64, iterations=1200, lr=4e-3, min_lr=1e-5, lr_batch=64, warmup=50 / 1200,
+        batch_size=64, iterations=2000, lr=4e-3, min_lr=1e-5, lr_batch=64, warmup=50 / 2000,
         encoder_lr_scale=1.0, ema=0.99, use_ema=True, log_every=10, checkpoint_every=200),
     "digits-latent": Preset(
         dataset="digits", image_size=16, flip=False, tokenizer="digits-tokenizer", denoiser_size=(128, 4, 4),
-        alpha_max=80.0, noise_mean=-1.0, noise_std=1.5, weights=(1.0, 1.0, 1.0, 1.0, 0.0), perceptual="none",
+        alpha_max=81.0, noise_mean=-1.0, noise_std=1.5, weights=(1.0, 1.0, 1.0, 1.0, 0.0), perceptual="none",
         batch_size=64, iterations=1600, lr=2e-3, min_lr=1e-5, lr_batch=64, warmup=50 / 1600,
-        ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
+        weight_decay=0.1, ema=0.99, use_ema=True, log_every=10, checkpoint_every=200, picture_every=500),
     "fashion-mnist-tokenizer": Preset(
         dataset="fashion-mnist", image_size=32, flip=False, patch_size=8, latent_dim=32,
         encoder_size=(96, 1, 4), decoder_size=(128, 3, 4), mixer_depth=2, **TOKENIZER, perceptual="none",
@@ -609,15 +609,15 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     if seed < 0 or (workers or 0) < 0:
         raise ValueError(f"--seed and --workers must be at least 0, got {seed} and {workers}")
     checkpoint = check_folder(preset, out, seed, resume)
-    if preset.tokenizer in PRESETS and not checkpoint:
-        say(f"{out / 'tokenizer'}: first the tokenizer, {preset.tokenizer}")
-        begun = resume and (out / "tokenizer" / "last.pt").exists()
-        train(replace(PRESETS[preset.tokenizer], data=preset.data), out / "tokenizer", seed, begun, device,
-              workers)
     if checkpoint and checkpoint["step"] == total_iterations(preset, checkpoint["images"]):
         say(f"{last}: already trained for all its {checkpoint['step']} iterations")
         return last
     with process_group(device) as device, interruptible() as interrupted:
+        if preset.tokenizer in PRESETS and not checkpoint:
+            say(f"{out / 'tokenizer'}: first the tokenizer, {preset.tokenizer}")
+            begun = resume and (out / "tokenizer" / "last.pt").exists()
+            small = replace(PRESETS[preset.tokenizer], data=preset.data)
+            train(small, out / "tokenizer", seed, begun, device, workers)
 
         # Data, model and its average, optimizer
         data, held_out, class_names = first_process_first(lambda: load_data(preset))
@@ -820,6 +820,9 @@ def check_preset(preset, world, accumulate):
     if is_latent(p) and p.tokenizer in PRESETS and is_latent(PRESETS[p.tokenizer]):
         raise ValueError(f"--tokenizer must be none, rae, or the preset or a checkpoint of a Sphere Encoder, "
                          f"got {p.tokenizer}")
+    if is_latent(p):
+        with torch.device("meta"):
+            SiT(1, 1, 0, p.denoiser_size)                   # its own check, before a tokenizer is trained
     if p.perceptual != "none" and p.image_size < 16:
         raise ValueError(f"--perceptual {p.perceptual} needs --image-size of at least 16, got {p.image_size}")
     if bool(p.epochs) == bool(p.iterations):
@@ -895,14 +898,14 @@ def process_rank():
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join the other processes of torchrun, if any; yields this process's device."""
+    """Join the other processes of torchrun, if any and not yet done; yields this process's device."""
     world = process_rank()[1]
     if world > 1 and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"         # one process per GPU
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world == 1:
+    if world == 1 or distributed.is_initialized():          # a tokenizer is trained within its denoiser's run
         yield device
         return
     # Others wait while the first process downloads or scans data, or saves; NCCL's 10 minutes can be too few.
@@ -1051,7 +1054,7 @@ def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
-        return Evaluator(evaluation, train_set, held_out, device)(model, seed)
+        return Evaluator(evaluation, train_set, held_out, device)(model, seed, timed=True)
 
 
 def check_evaluation(evaluation):
@@ -1075,8 +1078,8 @@ class Evaluator:
                 self.stored = first_process_first(lambda: load_statistics(evaluation.reference))
             check_metrics(self.compared, self.network, self.stored)
 
-    def __call__(self, model, seed=0):
-        """{row: {column: number}}; {} on all processes but the first."""
+    def __call__(self, model, seed=0, timed=False):
+        """{row: {column: number}}, with the time per image if timed; {} on all processes but the first."""
         y = torch.arange(self.evaluation.count) % max(model.num_classes, 1)
 
         def sampled(T, places):
@@ -1085,7 +1088,7 @@ class Evaluator:
 
         rows = {}
         if "pixels" in self.evaluation.metrics:
-            rows |= self.pixels(model, y, sampled)
+            rows |= self.pixels(model, y, sampled, timed)
         if self.compared:
             sets = {steps_label(T): self.extracted(
                 len(y), lambda places: (sampled(T, part) for part in places)) for T in self.evaluation.steps}
@@ -1103,17 +1106,20 @@ class Evaluator:
     def to_8_bits(self, x):
         return to_uint8((x + 1) / 2, self.evaluation.truncate)
 
-    def pixels(self, model, y, sampled):
+    def pixels(self, model, y, sampled, timed):
         """The measures on raw pixels."""
         rank, world = process_rank()
-        sets = {}
+        sets, times = {}, {}
+        sampled(self.evaluation.steps[0], [0])              # what the first call prepares is not timed
         for T in self.evaluation.steps:
+            began = time.perf_counter()
             images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=self.device)
             for places in batches_of(len(y)):
                 images[places] = sampled(T, places)
             if world > 1:
                 distributed.all_reduce(images)
             sets[steps_label(T)] = images.cpu(), y
+            times[steps_label(T)] = 1000 * (time.perf_counter() - began) / len(y)
         if rank > 0:
             return {}
         if self.held_out is not None:
@@ -1123,7 +1129,7 @@ class Evaluator:
             parts = (to_float(part).to(self.device) for part in sets["real held-out"][0].split(100))
             error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
-        return rows
+        return rows | {"ms per image": times} if timed else rows
 
     @cached_property
     def training_features(self):

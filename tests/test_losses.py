@@ -9,8 +9,9 @@ from torchvision import transforms
 from torchvision.models import convnext_small, vgg16
 
 import losses
-from losses import (WEIGHT_NAMES, latent_consistency_loss, pixel_consistency_loss,
-                    pixel_reconstruction_loss, sphere_encoder_loss)
+from losses import (LATENT_WEIGHT_NAMES, WEIGHT_NAMES, denoiser_consistency_ablation_loss,
+                    latent_consistency_loss, latent_prediction_consistency_loss, latent_reconstruction_loss,
+                    pixel_consistency_loss, pixel_reconstruction_loss, sphere_encoder_loss, sphere_latent_loss)
 from spherify import add_noise, spherify
 
 WEIGHTS = (25.0, 0.0, 3.0, 0.0, 0.5)
@@ -292,3 +293,78 @@ def test_weights_are_taken_from_the_cache_and_checked_against_their_hash(weights
     place.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged .* replace it by https://example.org/vgg16"):
         losses.perceptual_distance("lpips-vgg")
+
+
+# ---- Sphere Latent Encoder ----
+
+
+def test_latent_reconstruction_is_a_distance_and_one_minus_the_cosine_of_whole_latents():
+    a, b = rand(3, 4, 5), rand(3, 4, 5, seed=1)
+    cosines = (a * b).sum((1, 2)) / (a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1))
+    distances = {"l1": (a - b).abs().mean(), "l2": (a - b).square().mean(),
+                 "smooth-l1": torch.where((a - b).abs() < 1, (a - b).square() / 2, (a - b).abs() - 0.5).mean()}
+    for name, expected in distances.items():
+        distance, cosine = latent_reconstruction_loss(a, b, name)
+        torch.testing.assert_close(distance, expected)
+        torch.testing.assert_close(cosine, 1 - cosines.mean())
+    tokens = 1 - torch.nn.functional.cosine_similarity(a, b, dim=2).mean()
+    torch.testing.assert_close(latent_reconstruction_loss(a, b, per_token=True)[1], tokens)
+
+
+def test_latent_reconstruction_sees_the_scale_by_its_distance_alone():
+    a = rand(3, 4, 5)
+    distance, cosine = latent_reconstruction_loss(3 * a, a)
+    assert cosine.abs() < 1e-6 and distance == pytest.approx(4 * a.square().mean().item())
+
+
+def test_latent_consistency_sends_no_gradient_to_its_target():
+    a, b = rand(2, 4, 5).requires_grad_(), rand(2, 4, 5, seed=1).requires_grad_()
+    for loss in latent_prediction_consistency_loss(a, b):
+        gradients = torch.autograd.grad(loss, (a, b), allow_unused=True, retain_graph=True)
+        assert gradients[0].abs().max() > 0 and gradients[1] is None
+
+
+@pytest.fixture
+def latent_batch(denoiser):
+    z = rand(3, *denoiser.latent_shape) * 1.7
+    y = torch.tensor([[0, 1, 4], [4, 1, 3], [0, 4, 3], [4, 4, 4]])
+    return z, y, torch.tensor([0.5, 2.0, 9.0]), torch.tensor([0.1, 1.0, 2.0]), rand(3, *denoiser.latent_shape, seed=2)
+
+
+def test_latent_total_is_the_weighted_sum_of_the_equations(denoiser, latent_batch):
+    z, y, sigma, sigma_sub, e = latent_batch
+    v = spherify(z)
+    z_NOISY, z_noisy = denoiser(add_noise(v, sigma, e), y[0]), denoiser(add_noise(v, sigma_sub, e), y[1])
+    expected = dict(zip(LATENT_WEIGHT_NAMES, [
+        *latent_reconstruction_loss(z_noisy, z, "l1", True),
+        *latent_prediction_consistency_loss(z_NOISY, z_noisy, "l1", True),
+        denoiser_consistency_ablation_loss(denoiser, z, z_NOISY, y[2])]))
+    weights = (2.0, 3.0, 5.0, 7.0, 11.0)
+    loss, parts = sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights, "l1", True)
+    assert list(parts) == list(LATENT_WEIGHT_NAMES)
+    for name, part in parts.items():
+        torch.testing.assert_close(part, expected[name], rtol=1e-4, atol=1e-6)
+        assert not part.requires_grad
+    torch.testing.assert_close(loss, sum(w * expected[n] for w, n in zip(weights, expected)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_ablation_denoises_its_own_prediction_and_costs_a_pass_only_if_weighted(denoiser, latent_batch):
+    z, y, sigma, sigma_sub, e = latent_batch
+    prediction = denoiser(add_noise(spherify(z), sigma, e), y[0])
+    again = denoiser(spherify(prediction), y[2])
+    cosine = torch.nn.functional.cosine_similarity(z.flatten(1), again.flatten(1)).mean()
+    torch.testing.assert_close(denoiser_consistency_ablation_loss(denoiser, z, prediction, y[2]), 1 - cosine)
+    calls = []
+    denoiser.register_forward_hook(lambda *_: calls.append(1))
+    for weight, passes in ((0.0, 1), (0.5, 2)):
+        calls.clear()
+        sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, (1, 1, 1, 1, weight))
+        assert len(calls) == passes                     # both noise levels are one pass
+
+
+def test_latent_loss_stays_float32_under_autocast(denoiser, latent_batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = sphere_latent_loss(denoiser, *latent_batch)
+        distance, cosine = latent_reconstruction_loss(latent_batch[0].bfloat16(), latent_batch[0])
+    assert {loss.dtype, distance.dtype, cosine.dtype, *(part.dtype for part in parts.values())} == {torch.float32}
+    assert cosine.abs() < 1e-5                          # of bf16 products it would be off by 1e-3

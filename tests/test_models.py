@@ -1,14 +1,17 @@
 import ast
+import inspect
 import math
+import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import ROOT, seeded_array, with_seeded_weights
-from models import (SIZES, ConvHead, LinearHead, Mixer, SphereEncoder, apply_rope, convert_official,
-                    convert_official_config, rope_table, sincos_table)
+from conftest import ROOT, released_rae_decoder, seeded_array, with_class_token_table, with_seeded_weights
+from models import (RAE, RAE_DECODER, RAE_STATISTICS, SIT_SIZES, SIZES, ConvHead, LinearHead, Mixer, RAEDecoder,
+                    SiT, SphereEncoder, SphereTokenizer, apply_rope, convert_official, convert_official_config,
+                    convert_rae_decoder, convert_sit, rope_table, sincos_table, weights_digest)
 from spherify import spherify
 
 IMAGE = (256, 8)
@@ -503,3 +506,263 @@ def test_inputs_of_another_shape_are_named(model):
                  lambda: model.encode(images(model, 2), torch.zeros(3, dtype=torch.int64))):
         with pytest.raises(ValueError, match="expected"):
             call()
+
+
+# ---- denoiser ----
+
+
+@pytest.mark.parametrize("arguments, tensors, parameters", [
+    ((256, 768, 1000, "XL"), 401, 675_160_896), ((256, 768, 3, "B"), 177, 130_086_144),
+    ((256, 768, 102, "B"), 177, 130_162_176),
+])
+def test_denoisers_have_exactly_the_released_tensors_and_parameters(arguments, tensors, parameters):
+    with torch.device("meta"):
+        state_dict = SiT(*arguments).state_dict()
+    assert len(state_dict) == tensors and sum(tensor.numel() for tensor in state_dict.values()) == parameters
+
+
+@pytest.mark.parametrize("size", SIT_SIZES)
+def test_every_denoiser_size_keeps_shapes_on_the_meta_device(size):
+    with torch.device("meta"):
+        model = SiT(256, 768, 1000, size)
+        assert model(torch.empty(2, 256, 768), torch.zeros(2, dtype=torch.long)).shape == (2, 256, 768)
+
+
+def test_a_denoiser_knows_class_and_latent_but_no_timestep(denoiser):
+    assert list(inspect.signature(denoiser.forward).parameters) == ["v", "y"]
+    v, y = latents(denoiser, 3), torch.tensor([0, 1, 2])
+    assert (denoiser(v, y) - denoiser(v, y.flip(0))).abs().max() > 0.01
+    assert torch.equal(denoiser(v), denoiser(v, torch.full((3,), 4)))                   # none: the null class
+    torch.testing.assert_close(denoiser(v, y)[1:2], denoiser(v[1:2], y[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_denoiser_predicts_zero_and_its_blocks_are_the_identity():
+    model = SiT(9, 5, 4, (24, 2, 2))
+    assert torch.equal(model(latents(model, 2)), torch.zeros(2, 9, 5))
+    x = torch.randn(2, 9, 24)
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 1, 24)), x)
+
+
+def test_a_denoiser_block_is_what_it_says_written_out(denoiser):
+    """Pre-norms, per-head norms of queries and keys, tanh-GELU, and the order of the six modulation vectors."""
+    block, x, c = denoiser.blocks[0], torch.randn(2, 15, 24), torch.randn(2, 1, 24)
+    m = (F.silu(c) @ block.adaLN_modulation[1].weight.T + block.adaLN_modulation[1].bias).split(24, dim=-1)
+    rms = lambda x, norm: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    a, h = block.attn, rms(x, block.norm1) * (1 + m[1]) + m[0]
+    q, k, v = ((h @ linear.weight.T).view(2, 15, 2, 12).transpose(1, 2) for linear in (a.q, a.k, a.v))
+    weights = (rms(q, a.q_norm) @ rms(k, a.k_norm).transpose(-1, -2) / math.sqrt(12)).softmax(-1)
+    x1 = x + m[2] * ((weights @ v).transpose(1, 2).reshape(2, 15, 24) @ a.proj.weight.T)
+    h = rms(x1, block.norm2) * (1 + m[4]) + m[3]
+    expected = x1 + m[5] * block.mlp[2](F.gelu(block.mlp[0](h), approximate="tanh"))
+    torch.testing.assert_close(block(x, c), expected, rtol=1e-4, atol=1e-5)
+    assert not any(linear.bias is not None for linear in (a.q, a.k, a.v, a.proj))
+
+
+def test_a_denoiser_returns_float32_under_autocast(denoiser):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert denoiser(latents(denoiser, 2)).dtype == torch.float32
+    assert denoiser.double()(latents(denoiser, 2).double()).dtype == torch.float64
+
+
+def test_a_tokenizer_moves_with_its_denoiser_but_is_no_part_of_it(denoiser):
+    names = [name for name, _ in denoiser.named_parameters()]
+    assert not any("tokenizer" in name for name in [*names, *denoiser.state_dict()])
+    denoiser.double()
+    assert denoiser.tokenizer.model.decoder.pos_embed.dtype == torch.float64
+    with pytest.raises(ValueError, match="tokenizer's latents are .15, 7., the denoiser's .16, 7."):
+        SiT(16, 7, 4, (24, 2, 2)).attach(denoiser.tokenizer)
+
+
+def test_a_sphere_tokenizer_speaks_in_points_of_the_sphere(unconditional):
+    tokenizer, x = SphereTokenizer(unconditional), images(unconditional, 2)
+    z = tokenizer.encode(x)
+    torch.testing.assert_close(z, spherify(unconditional.encode(x)))
+    torch.testing.assert_close(tokenizer.decode(3 * z), unconditional.decode(z), rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in tokenizer.parameters()) and not tokenizer.train().training
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ((15, 7, 4, (24, 2, 2)), "15"), ((0, 7, 4, (24, 2, 2)), "0"), (((3, 0), 7, 4, (24, 2, 2)), "(3, 0)"),
+    ((16, 0, 4, (24, 2, 2)), "0"), ((16, 7, -1, (24, 2, 2)), "-1"), ((16, 7, 4, "base"), "S, B, L, XL"),
+])
+def test_denoiser_sizes_that_do_not_fit_are_named(arguments, named):
+    with pytest.raises(ValueError) as error:
+        SiT(*arguments)
+    assert named in str(error.value)
+
+
+def released_sit(model, conv=True):
+    """The assumed released names, written out for a denoiser of two blocks."""
+    weights = {"pos_embed": model.pos_embed, "y_embedder.embedding_table.weight":
+               model.y_embedder.embedding_table.weight, "x_embedder.proj.bias": model.x_embedder.bias}
+    patches = model.x_embedder.weight
+    weights["x_embedder.proj.weight"] = patches[:, :, None, None] if conv else patches
+    for i, block in enumerate(model.blocks):
+        weights |= {f"blocks.{i}.attn.{name}.weight": getattr(block.attn, name).weight
+                    for name in ("q", "k", "v", "proj", "q_norm", "k_norm")}
+        weights |= {f"blocks.{i}.{name}.weight": getattr(block, name).weight for name in ("norm1", "norm2")}
+        for name, module in (("mlp.fc1", block.mlp[0]), ("mlp.fc2", block.mlp[2]),
+                             ("adaLN_modulation.1", block.adaLN_modulation[1])):
+            weights |= {f"blocks.{i}.{name}.weight": module.weight, f"blocks.{i}.{name}.bias": module.bias}
+    last = model.final_layer
+    weights |= {"final_layer.norm.weight": last.norm.weight, "final_layer.linear.weight": last.linear.weight,
+                "final_layer.linear.bias": last.linear.bias,
+                "final_layer.adaLN_modulation.1.weight": last.adaLN_modulation[1].weight,
+                "final_layer.adaLN_modulation.1.bias": last.adaLN_modulation[1].bias}
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda weights: weights, lambda weights: {"ema": weights, "step": 3}, lambda weights: {"state_dict": weights},
+    lambda weights: {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()},
+])
+def test_released_denoiser_weights_are_placed_bare_or_wrapped(wrap):
+    model = with_seeded_weights(SiT((3, 5), 7, 4, (24, 2, 2)))
+    for conv in (True, False):
+        converted = convert_sit(wrap(released_sit(model, conv)))
+        assert converted.keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(converted[name], tensor), name
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda w: w.update({"t_embedder.mlp.0.weight": torch.zeros(24, 256)}), "t_embedder.mlp.0.weight is unknown"),
+    (lambda w: w.update({"blocks.0.attn.qkv.weight": torch.zeros(72, 24)}), "blocks.0.attn.qkv.weight is unknown"),
+    (lambda w: w.pop("blocks.1.attn.q.weight"), "blocks.1.attn.q.weight is missing"),
+    (lambda w: w.update({"blocks.0.norm1.weight": torch.zeros(7)}), "blocks.0.norm1.weight is [7] instead of [24]"),
+    (lambda w: w.update({"pos_embed": 1 + w["pos_embed"]}), "pos_embed is not the sin-cos table"),
+    (lambda w: w.update({"x_embedder.proj.bias": 3}), "x_embedder.proj.bias holds no floats"),
+    (lambda w: w.clear(), "is missing"),
+])
+def test_denoiser_weights_that_cannot_be_placed_are_listed_by_name(change, named):
+    weights = released_sit(SiT((3, 5), 7, 4, (24, 2, 2)))
+    change(weights)
+    with pytest.raises(ValueError) as error:
+        convert_sit(weights)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- RAE ----
+
+
+def test_rae_decoder_agrees_with_the_released_system(rae_files):
+    golden, _ = released_rae_decoder()
+    z = torch.from_numpy(golden["latent"]).flatten(2).transpose(1, 2)
+    x = RAE(**rae_files).decode(z)
+    np.testing.assert_allclose((x + 1) / 2, golden["image"], rtol=0, atol=2e-5)
+
+
+def test_rae_encodes_what_the_entry_point_gives_without_class_registers_and_affine_norm(rae_files):
+    rae, x = RAE(**rae_files), torch.rand(2, 3, 64, 64) * 2 - 1
+    pixels = F.interpolate((x + 1) / 2, (56, 56), mode="bicubic")
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+        [0.229, 0.224, 0.225])[:, None, None]
+    tokens = rae.encoder.forward_features(pixels)["x_prenorm"][:, 5:]
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    var = torch.load(rae_files["statistics"])["var"].flatten(1).T
+    z = rae.encode(x)
+    assert z.shape == (2, 16, 32) and rae.latent_shape == (16, 32) and rae.image_size == (64, 64)
+    torch.testing.assert_close(z, tokens / (var + 1e-5).sqrt(), rtol=1e-4, atol=1e-4)
+    assert not rae.training and not rae.train().training and not any(p.requires_grad for p in rae.parameters())
+    x.requires_grad_()
+    assert not rae.encode(x).requires_grad
+
+
+def test_a_mean_in_the_statistics_is_subtracted_and_added_again(rae_files):
+    plain, statistics = RAE(**rae_files), torch.load(rae_files["statistics"])
+    mean = torch.randn(32, 4, 4)
+    torch.save({**statistics, "mean": mean}, rae_files["statistics"])
+    shifted, x = RAE(**rae_files), torch.rand(2, 3, 64, 64) * 2 - 1
+    gap = (mean / (statistics["var"] + 1e-5).sqrt()).flatten(1).T
+    torch.testing.assert_close(shifted.encode(x), plain.encode(x) - gap, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shifted.decode(shifted.encode(x)), plain.decode(plain.encode(x)), rtol=1e-4, atol=1e-4)
+    assert weights_digest(shifted) != weights_digest(plain) == weights_digest(RAE(**rae_files))
+
+
+def test_released_rae_decoders_are_placed_bare_wrapped_without_table_or_class_token():
+    golden, weights = released_rae_decoder()
+    bare = convert_rae_decoder(weights)
+    for other in ({"model": weights}, {f"module.decoder.{name}": t for name, t in weights.items()},
+                  weights | {"decoder_pos_embed": with_class_token_table(48)}):
+        converted = convert_rae_decoder(other)
+        assert all(torch.equal(converted[name], tensor) for name, tensor in bare.items())
+    token = weights.pop("trainable_cls_token")
+    assert torch.equal(convert_rae_decoder(weights)["class_token"], torch.zeros_like(token))
+
+
+def test_the_released_size_of_the_rae_decoder_has_its_456_tensors_and_415_352_704_numbers():
+    with torch.device("meta"):
+        state_dict = RAEDecoder(768, 16, 1152, 28, 16, 4096).state_dict()
+    assert len(state_dict) == 456 and sum(tensor.numel() for tensor in state_dict.values()) == 415_352_704
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda w: w.pop("decoder_norm.weight"), "decoder_norm.weight is missing"),
+    (lambda w: w.update({"decoder_norm.gamma": torch.zeros(48)}), "decoder_norm.gamma is unknown"),
+    (lambda w: w.update({"decoder_embed.bias": torch.zeros(9)}), "decoder_embed.bias is [9] instead of [48]"),
+    (lambda w: w.update({"decoder_pos_embed": torch.zeros(1, 17, 48)}), "decoder_pos_embed is not"),
+    (lambda w: w.clear(), "is missing"),
+])
+def test_rae_decoders_that_are_none_are_refused_by_name(change, named):
+    _, weights = released_rae_decoder()
+    change(weights)
+    with pytest.raises(ValueError) as error:
+        convert_rae_decoder(weights, "model.pt")
+    assert named in str(error.value) and str(error.value).startswith("model.pt: ")
+
+
+@pytest.mark.parametrize("what, named", [
+    ("repo", "not a copy of https://github.com/facebookresearch/dinov2"), ("no encoder", "dinov2_vitb14"),
+    ("encoder", "not the weights of dinov2_vitb14_reg"), ("no decoder", "ViTXL_n08/model.pt"),
+    ("decoder", "damaged"), ("other decoder", "is unknown"), ("no statistics", "imagenet1k/stat.pt"),
+    ("statistics", "damaged"), ("shape", "[5, 4, 4]"), ("list", "no dictionary"), ("entry", "dinov2_vitx"),
+])
+def test_rae_files_that_are_missing_or_wrong_are_one_line(rae_files, tmp_path, what, named):
+    if what == "repo":
+        rae_files["repo"] = str(tmp_path)
+    elif what == "entry":
+        rae_files["encoder"] = "dinov2_vitx"
+    elif what.startswith("no "):
+        key = {"no encoder": "encoder_weights", "no decoder": "decoder_weights", "no statistics": "statistics"}[what]
+        rae_files[key] = str(tmp_path / "nowhere.pt")
+    else:
+        key = {"encoder": "encoder_weights", "decoder": "decoder_weights", "other decoder": "decoder_weights"}
+        path = rae_files[key.get(what, "statistics")]
+        content = {"encoder": {"a": torch.zeros(2)}, "other decoder": {"a": torch.zeros(2)}, "list": [1],
+                   "shape": {"var": torch.ones(5, 4, 4)}}
+        if what in content:
+            torch.save(content[what], path)
+        else:
+            with open(path, "r+b") as file:
+                file.truncate(100)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        RAE(**rae_files)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rae_without_network_names_every_file_url_and_place(rae_files, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    for argument, named in (("repo", ("facebookresearch/dinov2", "facebookresearch_dinov2_main")),
+                            ("encoder_weights", ("dinov2_vitb14_reg4_pretrain.pth", "checkpoints")),
+                            ("decoder_weights", RAE_DECODER), ("statistics", RAE_STATISTICS)):
+        files = {name: value for name, value in rae_files.items() if name != argument}
+        with pytest.raises((FileNotFoundError, ValueError)) as error:
+            RAE(**files)
+        assert all(name in str(error.value) for name in (*named, str(tmp_path / "home")))
+
+
+def test_rae_through_torch_hubs_cache_needs_no_network(rae_files, tmp_path, monkeypatch):
+    """The folder that torch.hub would have made, and all files at their places in its cache."""
+    hub = tmp_path / "home" / "hub"
+    (hub / "checkpoints").mkdir(parents=True)
+    (tmp_path / "dinov2 copy").rename(hub / "facebookresearch_dinov2_main")
+    for key, name in (("encoder_weights", "dinov2_vitb14_reg4_pretrain.pth"), ("decoder_weights", RAE_DECODER[1]),
+                      ("statistics", RAE_STATISTICS[1])):
+        (hub / "checkpoints" / name).write_bytes(open(rae_files[key], "rb").read())
+    expected = weights_digest(RAE(**rae_files | {"repo": str(hub / "facebookresearch_dinov2_main")}))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    assert weights_digest(RAE(heads=4)) == expected

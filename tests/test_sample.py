@@ -10,7 +10,7 @@ from PIL import Image
 import sample
 from conftest import ROOT, one_line, with_seeded_weights
 from models import SphereEncoder, convert_official
-from sample import generate, load, main, picture, read_checkpoint, reconstruct
+from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify
 from test_models import CFG, golden_model, released
 
@@ -397,3 +397,111 @@ def test_samples_are_never_overwritten(trained, tmp_path, capsys):
         run(trained, tmp_path, "--count", "2", "--steps", "2")
     assert exit.value.code == 2 and "already holds" in one_line(capsys, "sample.py: ")
     assert (tmp_path / "samples.png").read_bytes() == before
+
+
+# ---- Algorithm 1 of the Sphere Latent Encoder ----
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_latent_sampling_is_its_algorithm_1_written_out(denoiser, shared):
+    e = noise(denoiser, draws=1 if shared else 3)
+    e = e.expand(3, -1, -1, -1) if shared else e
+    sigma_max = angle_to_sigma(70.0)
+    z_hat = denoiser(spherify(e[0]), Y)
+    for r, draw in ((0.5, 1), (0.0, 2)):                                    # gamma = 1, T = 3
+        z_hat = denoiser(spherify(spherify(z_hat) + r * sigma_max * e[draw]), Y)
+    x = denoiser.tokenizer.decode(z_hat)
+    torch.testing.assert_close(generate_latent(denoiser, Y, 3, gamma=1.0, shared=shared, seed=5), x)
+
+
+def test_latent_guidance_acts_on_latents_at_every_step(denoiser):
+    e, sigma_max = noise(denoiser)[0], angle_to_sigma(70.0)
+    guided = lambda v: denoiser(v) + 2.25 * (denoiser(v, Y) - denoiser(v))
+    x = denoiser.tokenizer.decode(guided(add_noise(spherify(guided(spherify(e))), sigma_max, e)))
+    torch.testing.assert_close(generate_latent(denoiser, Y, 2, 2.25, gamma=0.0, seed=5), x, rtol=1e-4, atol=1e-5)
+
+
+def test_latent_sampling_decodes_once_and_denoises_once_per_step_without_guidance(denoiser, monkeypatch):
+    decodes, passes = [], []
+    whole = denoiser.tokenizer.decode
+    monkeypatch.setattr(denoiser.tokenizer, "decode", lambda z: decodes.append(1) or whole(z))
+    denoiser.register_forward_hook(lambda *_: passes.append(1))
+    generate_latent(denoiser, Y, 5)
+    assert (len(decodes), len(passes)) == (1, 5)
+    generate_latent(denoiser, Y, 5, 1.5)
+    assert (len(decodes), len(passes)) == (2, 15)
+
+
+class PlainTokenizer:
+    """A decoder that shows the latent itself: one that sees its scale."""
+
+    latent_shape, image_size = (15, 7), (15, 7)
+
+    def decode(self, z):
+        return 0.01 * z[:, None].expand(-1, 3, -1, -1)
+
+
+def test_the_last_prediction_is_decoded_raw_or_projected(denoiser):
+    denoiser.attach(PlainTokenizer())
+    raw, projected = (100 * generate_latent(denoiser, Y, 2, project_last=p)[:, 0] for p in (False, True))
+    torch.testing.assert_close(projected, spherify(raw), rtol=1e-4, atol=1e-4)
+    assert (projected - raw).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=0.0), dict(shared=False), dict(seed=1),
+    dict(first=1), dict(y=torch.tensor([0, 1, 2])), dict(official=True),
+])
+def test_every_latent_option_changes_the_result(denoiser, change):
+    base = dict(y=Y, steps=4)
+    plain, changed = (generate_latent(denoiser, **options) for options in (base, {**base, **change}))
+    assert (plain - changed).abs().max() > 1e-4
+
+
+def test_a_denoiser_brings_its_own_schedule(denoiser):
+    own = generate_latent(denoiser, Y, 4)
+    assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=1.0, shared=True, alpha=70.0))
+    denoiser.gamma, denoiser.shared = 0.0, False
+    assert torch.equal(generate_latent(denoiser, Y, 4), generate_latent(denoiser, Y, 4, gamma=0.0, shared=False))
+
+
+def test_latent_images_do_not_depend_on_the_batch(denoiser):
+    y = torch.arange(16) % 4
+    whole = generate_latent(denoiser, y, 3, 1.5, seed=2)
+    parts = torch.cat([generate_latent(denoiser, y[i:i + 3], 3, 1.5, seed=2, first=i) for i in range(0, 16, 3)])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+def test_reconstruction_of_a_denoiser_is_its_tokenizers(denoiser):
+    x = torch.rand(2, 3, 12, 20) * 2 - 1
+    assert torch.equal(reconstruct(denoiser, x), denoiser.tokenizer.decode(denoiser.tokenizer.encode(x)))
+
+
+def test_a_denoiser_without_tokenizer_is_refused(denoiser):
+    object.__setattr__(denoiser, "tokenizer", None)
+    with pytest.raises(ValueError, match="needs a denoiser with a tokenizer"):
+        generate_latent(denoiser, Y, 1)
+
+
+def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(trained_latent, tiny_tokenizer, tmp_path):
+    loaded, tokenizer = load(trained_latent), load(tiny_tokenizer)
+    assert loaded.class_names == [str(k) for k in range(10)] and loaded.gamma == 1.0
+    for name, weight in tokenizer.state_dict().items():
+        assert torch.equal(weight, loaded.tokenizer.model.state_dict()[name])
+    main(["--checkpoint", str(trained_latent), "--out", str(tmp_path / "a"), "--count", "3", "--singles",
+          "--steps", "2", "--fresh", "--gamma", "0"])
+    x = generate_latent(loaded, torch.arange(3), 2, shared=False, gamma=0.0)
+    drawn = np.asarray(Image.open(tmp_path / "a" / "000001.png"), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(drawn, x[1], atol=1 / 255)
+
+
+@pytest.mark.parametrize("kind, flags, named", [
+    ("latent", ["--position", "encoder"], "--position"), ("plain", ["--project-last"], "--project-last"),
+    ("latent", ["--gamma", "-1"], "gamma"), ("latent", ["--cfg", "-1"], "cfg"),
+])
+def test_options_of_the_other_model_are_refused_in_one_line(trained, trained_latent, tmp_path, capsys, kind, flags,
+                                                            named):
+    checkpoint = trained_latent if kind == "latent" else trained
+    with pytest.raises(SystemExit) as exit:
+        main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "a"), *flags])
+    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ") and not (tmp_path / "a").exists()

@@ -205,6 +205,15 @@ def test_logit_normal_draws_are_the_larger_and_smaller_of_two(generator):
     assert largest_cdf_gap(sigma_sub, lambda t: 1 - (1 - one(t)) ** 2) < KS_LIMIT
 
 
+def test_logit_normal_draws_are_linear_in_sigma_or_in_the_angle():
+    draws = {mapping: torch.stack(logit_normal_sigmas(1000, 85.0, 0.3, 1.2, mapping, torch.Generator().manual_seed(1)))
+             for mapping in ("sigma", "angle")}
+    torch.testing.assert_close(sigma_to_angle(draws["angle"]) / 85, draws["sigma"] / angle_to_sigma(85.0),
+                               rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'cosine'"):
+        logit_normal_sigmas(4, 85.0, mapping="cosine")
+
+
 def test_a_generator_decides_the_draws():
     for draw in (uniform_sigmas, logit_normal_sigmas):
         a, b, c = (draw(16, 80.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))

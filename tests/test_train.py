@@ -23,9 +23,10 @@ import fid
 import models
 import sample
 import train
-from conftest import ROOT, TINY, TINY_FLAGS, one_line
-from losses import LPIPS, sphere_encoder_loss
+from conftest import ROOT, TINY, TINY_FLAGS, TINY_LATENT, one_line
+from losses import LPIPS, sphere_encoder_loss, sphere_latent_loss
 from sample import load, pick_device, read_checkpoint
+from spherify import logit_normal_sigmas
 from test_fid import seeded_inception
 from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
                    update_ema)
@@ -36,11 +37,12 @@ def assert_same_run(a, b):
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
     one, two = (read_checkpoint(folder / "last.pt") for folder in (a, b))
     assert one.keys() == two.keys()
-    for key in one.keys() - {"model", "ema", "optimizer"}:
+    tensors = ("model", "ema", "optimizer", "tokenizer")
+    for key in one.keys() - set(tensors):
         assert one[key] == two[key], key
-    flat = [torch.utils._pytree.tree_leaves([checkpoint[key] for key in ("model", "ema", "optimizer")])
+    flat = [torch.utils._pytree.tree_leaves([checkpoint[key] for key in tensors])
             for checkpoint in (one, two)]
-    assert len(flat[0]) == len(flat[1]) > 100
+    assert len(flat[0]) == len(flat[1]) > 40
     for left, right in zip(*flat):
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
@@ -712,18 +714,33 @@ SIZES_IN_PAPER = {  # preset: parameters of the released model of that size
     "cifar10": 921_569_387, "cifar10-uncond": 615_061_611, "animal-faces": 642_148_324,
     "flowers102": 948_844_516, "imagenet-l": 950_354_532, "imagenet-xl": 1_388_922_404,
     "cifar10-base": 263_818_155, "imagenet-base": 287_914_916,
+    "imagenet-latent": 675_160_896, "animal-faces-latent": 130_086_144, "flowers102-latent": 130_162_176,
 }
 
 
 def test_the_list_has_every_preset_with_its_exact_size_and_cost(capsys):
     main(["--list"])
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert rows.keys() >= PRESETS.keys()
-    assert {name: int(rows[name][5].replace(",", "")) for name in SIZES_IN_PAPER} == SIZES_IN_PAPER
-    assert rows["imagenet-xl"][1:5] == ["256", "8", "1024", "65536"]
-    assert float(rows["imagenet-xl"][9]) == pytest.approx(7610, abs=1)                  # GFLOPs of 4 steps
-    assert rows["imagenet-ablation"][1:5] == ["256", "16", "256", "65536"]
-    assert rows["animal-faces"][4] == rows["flowers102"][4] == "131072" and rows["cifar10"][4] == "2048"
+    tables = capsys.readouterr().out.split("\n\n")
+    ratios = next(line for line in tables[1].splitlines() if line.startswith("imagenet-xl / -latent")).split()
+    sizes, costs = ({line.split()[0]: line.replace(",", "").split() for line in reversed(table.splitlines())}
+                    for table in tables)
+    assert sizes.keys() >= PRESETS.keys() and costs.keys() >= PRESETS.keys()
+    assert {name: int(sizes[name][5]) for name in SIZES_IN_PAPER} == SIZES_IN_PAPER
+    assert sizes["imagenet-xl"][1:5] == ["256", "8", "1024", "65536"]
+    assert sizes["imagenet-ablation"][1:5] == ["256", "16", "256", "65536"]
+    assert sizes["imagenet-latent"][1:5] == ["256", "16", "256", "196608"]
+    assert sizes["animal-faces"][4] == sizes["flowers102"][4] == "131072" and sizes["cifar10"][4] == "2048"
+    # encode, denoise, decode, then 1, 2, 4, 6 steps without and with guidance, in GFLOPs
+    xl, latent = (["0" if cost == "-" else cost for cost in costs[name][1:]]
+                  for name in ("imagenet-xl", "imagenet-latent"))
+    encode, _, decode, one, two, four, six, *guided = (float(cost) for cost in xl)
+    assert four == pytest.approx(7610, abs=1) and two == pytest.approx(encode + 2 * decode, rel=1e-3)
+    assert guided == pytest.approx([2 * one, 2 * two, 2 * four, 2 * six], rel=1e-3)
+    _, denoise, decode, *plain, g1, g2, g4, g6 = (float(cost) for cost in latent)
+    assert plain == pytest.approx([decode + T * denoise for T in (1, 2, 4, 6)], rel=1e-3)
+    assert (g1, g6) == pytest.approx((decode + 2 * denoise, decode + 12 * denoise), rel=1e-3)
+    assert four / plain[2] == pytest.approx(6.5, abs=0.3)                               # the paper's figure
+    assert f"{four / plain[2]:.2f}" in ratios
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -731,7 +748,10 @@ def test_every_preset_is_valid_and_its_network_keeps_shapes(name):
     preset = PRESETS[name]
     train.check_preset(preset, 1, 1)
     with torch.device("meta"):
-        model = train.build_model(preset, [str(k) for k in range(train.DATASETS[preset.dataset][0])])
+        model, tokenizer = train.build_on_meta(preset)
+        if tokenizer:
+            assert model(torch.empty(1, *model.latent_shape)).shape == (1, *model.latent_shape)
+            return
         z = model.encode(torch.empty(1, 3, preset.image_size, preset.image_size))
         assert z.shape == (1, (preset.image_size // preset.patch_size) ** 2, preset.latent_dim)
         assert model.decode(z).shape == (1, 3, preset.image_size, preset.image_size)
@@ -753,7 +773,8 @@ def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["1", "step", "2", "steps", "real", "held-out"]
     rows = {line[:20].strip(): [float(word) for word in line[20:].split()] for line in lines[2:]}
-    assert list(rows) == ["judged right", "Fréchet distance", "nearest", "reconstruction MSE"]
+    assert list(rows) == ["judged right", "Fréchet distance", "nearest", "reconstruction MSE", "ms per image"]
+    assert 0 < rows["ms per image"][0] and len(rows["ms per image"]) == 2
     assert rows["judged right"][2] == pytest.approx(0.953, abs=0.001)       # the judge itself, on real digits
     assert rows["Fréchet distance"][2] == pytest.approx(3.01, abs=0.03) and rows["nearest"][2] == 1.0
 
@@ -921,6 +942,12 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--preset", "animal-faces", "--data", "no"], "cat/, dog/ and wild/"),
     (["--preset", "imagenet-l", "--data", "no"], "1,000 folders"),
     (["--preset", "fashion-mnist", "--data", "no"], "dataset-fashion-mnist"),
+    (["--tokenizer", "digits-latent"], "digits-latent"), (["--tokenizer", "nowhere.pt"], "nowhere.pt"),
+    (["--preset", "digits-latent", "--noise-std", "-1"], "-1"), (["--distance", "l3"], "l3"),
+    (["--preset", "digits-latent", "--noise-mapping", "cosine"], "cosine"), (["--gamma", "-1"], "-1"),
+    (["--preset", "digits-latent", "--denoiser-size", "huge"], "huge"),
+    (["--preset", "digits-latent", "--weights", "0,0,0,0,0"], "recon_cosine"),
+    (["--preset", "digits-latent", "--tokenizer", "rae", "--dinov2-repo", "nowhere"], "nowhere"),
     (["--evaluate-every", "-1"], "-1"), (["--evaluate-every", "1", "--metrics", "rfid"], "pixels or fid"),
     (["--evaluate-every", "1", "--count", "1"], "--count"), (["--truncate"], "--truncate"),
 ])
@@ -971,3 +998,196 @@ def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(unbroken, tmp_path, c
         main(["--out", str(tmp_path / "run"), *LONGER_FLAGS])
     assert exit.value.code == 2 and "already holds a run" in one_line(capsys, "train.py: ")
     assert_same_run(tmp_path / "run", unbroken)
+
+
+# ---- Sphere Latent Encoder ----
+
+
+def test_the_latent_loop_is_what_it_says_written_out(tiny_tokenizer, tmp_path):
+    """Three iterations by hand on latents of the tokenizer: flips, class drops, logit-normal noise, AdamW."""
+    preset = replace(TINY_LATENT, tokenizer=str(tiny_tokenizer), iterations=3, flip=True, class_dropout=0.5,
+                     clip=0.01, weight_decay=0.3, weights=(2.0, 0.5, 1.0, 0.25, 0.1), distance="l1",
+                     token_cosine=True, noise_mapping="angle", warmup=1 / 3)
+    path = train.train(preset, tmp_path / "run", seed=8, device="cpu", latent_cache="none")
+
+    data, tokenizer = load_data(preset)[0], models.SphereTokenizer(load(tiny_tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(train.hashed(8, 2))
+        model = train.build_model(preset, [str(k) for k in range(10)], (16, 4))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trainable.values() if (p.ndim > 1) == matrix], "weight_decay": 0.3 * matrix}
+         for matrix in (True, False)], lr=0.0, betas=(0.9, 0.95))
+    order = torch.randperm(1500, generator=train.seeded(8, 0, 0))
+    for step, lr in enumerate((preset.lr / 2, preset.lr, (preset.lr + preset.min_lr) / 2)):
+        drawn = random_draws(preset, 8, step)
+        sigma, sigma_sub = logit_normal_sigmas(8, 81.0, -1.0, 1.5, "angle", train.seeded(8, 1, step))
+        assert torch.equal(drawn["sigma"], sigma) and torch.equal(drawn["sigma_sub"], sigma_sub)
+        chosen = order[8 * step:8 * step + 8].tolist()
+        x = torch.stack([data[i][0] for i in chosen]).float() / 127.5 - 1
+        x = torch.stack([image.flip(2) if flip else image for image, flip in zip(x, drawn["flip"])])
+        labels = torch.tensor([data[i][1] for i in chosen])
+        y = torch.stack([torch.where(drop, 10, labels) for drop in drawn["drop"]])
+        e = gaussian(drawn["e_seed"], model.latent_shape, "cpu")
+        loss, _ = sphere_latent_loss(model, tokenizer.encode(x), y, sigma, sigma_sub, e, preset.weights, "l1", True)
+        gradients = torch.autograd.grad(loss, list(trainable.values()))
+        norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+        for p, g in zip(trainable.values(), gradients):
+            p.grad = g * 0.01 / (norm + 1e-6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    stored = read_checkpoint(path)
+    for name, p in trainable.items():
+        torch.testing.assert_close(stored["model"][name], p.detach(), rtol=1e-4, atol=4e-5)
+
+
+LATENT_FLAGS = ["--preset", "digits-latent", "--denoiser-size", "16,1,2", *"--batch-size 8 --lr-batch 8 --iterations "
+                "12 --warmup 0.3333 --log-every 3 --checkpoint-every 4 --picture-every 0 --device cpu".split()]
+
+
+def test_a_run_of_two_phases_resumes_from_either(tmp_path, monkeypatch, capsys):
+    """Left while it trains its tokenizer, then while it trains the denoiser; the end is that of an unbroken run."""
+    tokenizer = replace(TINY, conditional=False, weights=(1.0, 0.0, 0.0, 0.0, 0.0), iterations=12)
+    monkeypatch.setitem(PRESETS, "digits-tokenizer", tokenizer)
+    main([*LATENT_FLAGS, "--out", str(tmp_path / "whole")])
+
+    whole, left = train.drain, [("tokenizer", 8), ("broken", 10)]
+
+    def dies(window, done, last, device):
+        if left and last.parent.name == left[0][0] and done >= left[0][1]:
+            left.pop(0)
+            raise ValueError("left")
+        return whole(window, done, last, device)
+
+    monkeypatch.setattr(train, "drain", dies)
+    flags = ["--out", str(tmp_path / "broken")]
+    for again in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            main([*LATENT_FLAGS, *flags, *again])
+    assert not left and read_checkpoint(tmp_path / "broken" / "last.pt")["step"] == 8
+    main([*flags, "--resume", "--device", "cpu"])
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert_same_run(tmp_path / "broken" / "tokenizer", tmp_path / "whole" / "tokenizer")
+    shutil.rmtree(tmp_path / "broken" / "tokenizer")                        # its checkpoint holds what it needs
+    main(["--evaluate", str(tmp_path / "broken" / "last.pt"), "--count", "20"])
+
+    (tmp_path / "whole" / "last.pt").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "whole"), "--resume"])
+    assert "name the --preset" in one_line(capsys, "train.py: ")
+
+
+def test_two_processes_train_tokenizer_and_denoiser_as_one(tmp_path):
+    script = tmp_path / "two_phases.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      "import train\nfrom conftest import TINY\nfrom dataclasses import replace\n"
+                      "train.PRESETS['digits-tokenizer'] = replace(TINY, conditional=False, "
+                      "weights=(1.0, 0.0, 0.0, 0.0, 0.0))\nsys.exit(train.main())\n")
+    for processes in (1, 2):
+        result = subprocess.run(
+            [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", script, *LATENT_FLAGS, "--log-every", "1",
+             "--out", tmp_path / str(processes)], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+    for folder in ("", "tokenizer"):
+        one, two = (log_lines(tmp_path / n / folder) for n in "12")
+        assert len(one) == len(two) > 2
+        for a, b in zip(one, two):
+            assert {k: v for k, v in a.items() if k != "grad_norm"} == pytest.approx(
+                {k: v for k, v in b.items() if k != "grad_norm"}, rel=1e-3, abs=1e-4)
+
+
+def test_cached_latents_are_the_tokenizers_and_train_the_same_model(tiny_tokenizer, tmp_path):
+    preset = replace(TINY_LATENT, tokenizer=str(tiny_tokenizer), flip=True, log_every=1)
+    for cache in ("none", None):
+        train.train(preset, tmp_path / str(cache), seed=5, device="cpu", latent_cache=cache)
+    assert not (tmp_path / "none" / "latents.bin").exists()
+    for a, b in zip(log_lines(tmp_path / "none"), log_lines(tmp_path / "None")):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    data, tokenizer = load_data(preset)[0], models.SphereTokenizer(load(tiny_tokenizer))
+    cache = train.LatentCache(tmp_path / "None", data, tokenizer, True, "cpu")
+    assert len(cache) == 3000 and isinstance(cache.latents.base, np.memmap)
+    for i in (0, 77, 1499):
+        x = data[i][0][None].float() / 127.5 - 1
+        torch.testing.assert_close(cache[i][0][None], tokenizer.encode(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cache[1500 + i][0][None], tokenizer.encode(x.flip(3)), rtol=1e-4, atol=1e-5)
+        assert cache[i][1] == cache[1500 + i][1] == data.targets[i]
+    train.train(preset, tmp_path / "again", seed=5, device="cpu", latent_cache=tmp_path / "None")
+    assert log_lines(tmp_path / "again") == log_lines(tmp_path / "None")    # one cache serves several runs
+
+
+@pytest.mark.parametrize("what, named", [
+    ("tokenizer", "another tokenizer"), ("data", "another data set"), ("flip", "another shape"),
+    ("truncated", "cut short"), ("rubbish", "another tokenizer"),
+])
+def test_a_stale_or_damaged_cache_is_refused_by_name_and_left(tiny_tokenizer, tmp_path, capsys, what, named):
+    data, tokenizer = load_data(TINY)[0], models.SphereTokenizer(load(tiny_tokenizer))
+    train.LatentCache(tmp_path, data, tokenizer, False, "cpu")
+    path = tmp_path / "latents.bin"
+    if what == "tokenizer":
+        next(tokenizer.parameters()).data += 1
+    elif what == "data":
+        data.tensors[0][5, 0, 3, 3] += 1
+    elif what == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif what == "rubbish":
+        path.write_bytes(b"\0" * 5000)
+    before = path.read_bytes()
+    with pytest.raises(ValueError) as error:
+        train.LatentCache(tmp_path, data, tokenizer, what == "flip", "cpu")
+    assert str(path) in str(error.value) and named in str(error.value) and path.read_bytes() == before
+
+
+def test_the_cache_of_image_files_knows_their_names_and_sizes(folder, tiny_tokenizer):
+    preset = replace(TINY, dataset="folder", data=str(folder))
+    digests = [train.data_digest(load_data(preset)[0])]
+    digests.append(train.data_digest(load_data(replace(preset, image_size=20))[0]))
+    first = sorted(folder.rglob("*.png"))[0]
+    first.rename(first.with_name("first.png"))
+    digests.append(train.data_digest(load_data(preset)[0]))
+    assert len(set(digests)) == 3
+
+
+def test_a_denoiser_trains_on_rae_latents_and_its_checkpoint_finds_the_rae_again(folder, rae_files, tmp_path, capsys):
+    files = ["--dinov2-repo", rae_files["repo"], "--dinov2-weights", rae_files["encoder_weights"],
+             "--rae-decoder", rae_files["decoder_weights"], "--rae-statistics", rae_files["statistics"]]
+    flags = ["--preset", "imagenet-latent", "--dataset", "folder", "--data", str(folder), "--image-size", "64",
+             "--denoiser-size", "16,1,2", "--batch-size", "4", "--iterations", "4", "--device", "cpu",
+             "--latent-cache", str(tmp_path / "cache"), "--checkpoint-every", "2"]
+    golden_heads = models.RAE_HEADS | {48: 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "RAE_HEADS", golden_heads)
+        main([*flags, *files, "--out", str(tmp_path / "run")])
+        assert (tmp_path / "cache" / "latents.bin").exists()
+        last = tmp_path / "run" / "last.pt"
+        stored = read_checkpoint(last)["tokenizer"]
+        assert stored["kind"] == "rae" and stored["config"]["decoder_weights"] == rae_files["decoder_weights"]
+        main(["--evaluate", str(last), "--count", "4", "--steps", "1"])
+        main([*files, "--out", str(tmp_path / "run"), "--resume"])
+        capsys.readouterr()
+        weights = torch.load(rae_files["decoder_weights"])                  # another RAE at the same place
+        weights["decoder_pred.bias"] += 1
+        torch.save(weights, rae_files["decoder_weights"])
+        with pytest.raises(SystemExit):
+            main(["--evaluate", str(last), "--count", "4"])
+        assert "another RAE" in one_line(capsys, "train.py: ")
+
+
+def test_samples_of_a_denoiser_are_evaluated_on_its_tokenizers_images(trained_latent, tiny_tokenizer):
+    rows = evaluate(trained_latent, count=20, steps=(1, 2))
+    mse = rows["reconstruction MSE"]["real held-out"]
+    held_out = train.stacked(load_data(TINY)[1], 10_000)[0].float() / 127.5 - 1
+    tokenizer = models.SphereTokenizer(load(tiny_tokenizer))
+    expected = (tokenizer.decode(tokenizer.encode(held_out)) - held_out).square().mean().item()
+    assert mse == pytest.approx(expected, rel=1e-4)
+    assert rows["Fréchet distance"]["1 step"] != rows["Fréchet distance"]["2 steps"]
+
+
+def test_settings_of_tokenizers_that_do_not_fit_are_one_line(trained_latent, tiny_tokenizer, tmp_path, capsys):
+    for flags, named in ((["--tokenizer", str(trained_latent)], "holds a Sphere Latent Encoder"),
+                         (["--tokenizer", str(tiny_tokenizer), "--image-size", "32"], "--image-size 32")):
+        with pytest.raises(SystemExit):
+            main(["--preset", "digits-latent", *flags, "--out", str(tmp_path / "run")])
+        assert named in one_line(capsys, "train.py: ") and not (tmp_path / "run").exists()
