@@ -102,8 +102,9 @@ class Preset:
     noise_mapping: str = option("sigma", "what is linear in such a draw", choices=MAPPINGS)
     distance: str = option("l2", "between latents", choices=tuple(DISTANCES))
     token_cosine: bool = option(False, "cosine per token instead of whole latents")
-    gamma: float = option(1.0, "decay of the noise when a Sphere Latent Encoder samples; 0 = fixed", 0)
-    fresh: bool = option(False, "fresh noise at every step then, instead of the same one")
+    gamma: float = option(1.0, "decay of the noise when a Sphere Latent Encoder samples, 0 = fixed; with "
+                               "--evaluate, of any model", 0)
+    fresh: bool = option(False, "fresh noise at every step then, instead of the same one; likewise")
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES)
                             + "; with a tokenizer: " + " ".join(LATENT_WEIGHT_NAMES))
@@ -232,6 +233,9 @@ PRESETS = {
 def is_latent(preset):
     """Whether a preset trains a Sphere Latent Encoder."""
     return preset.tokenizer != "none"
+
+
+PRESET_OPTIONS = {f.name for f in fields(Preset)}
 
 
 def total_iterations(preset, images):
@@ -417,7 +421,7 @@ class LatentCache(Dataset):
 
     def write(self, path, key, data, tokenizer, device, workers):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
+        beside = path.with_name(f"{path.name}.{process_rank()[0]}.tmp")     # each machine writes its own
         beside.write_bytes(json.dumps(key).encode().ljust(self.header))
         latents = np.memmap(beside, np.float32, "r+", self.header, tuple(key["shape"]))
         loader = DataLoader(data, batch_size=64, num_workers=workers, generator=seeded(0))
@@ -624,7 +628,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         tokenizer, perceptual = None, None
         if is_latent(preset):
             tokenizer = first_process_first(
-                lambda: build_tokenizer(checkpoint["tokenizer"], last, rae) if checkpoint
+                lambda: build_tokenizer(checkpoint.get("tokenizer"), last, rae) if checkpoint
                 else new_tokenizer(preset, out, rae or {})).to(device)
         elif any(preset.weights[1::2]):
             perceptual = first_process_first(
@@ -1001,7 +1005,7 @@ def plot_losses(log, path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in lines[-1].keys() - {"step", "grad_norm", "lr"}:
+    for name in (name for name in lines[-1] if name not in ("step", "grad_norm", "lr")):
         if any(line[name] > 0 for line in lines):
             axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
@@ -1025,6 +1029,8 @@ class Evaluation:
     count: int = option(1000, "number of samples; sample i has class i mod K", 2)
     steps: tuple = option((1, 2, 4), "T, one or several", parse=ints)
     cfg: float = option(1.0, "guidance scale, 1 = off")
+    gamma: float = option(None, "decay of the noise; none: as the checkpoint's model has it")
+    fresh: bool = option(None, "fresh noise at every step; none: as the checkpoint's model has it")
     metrics: tuple = option(("pixels",), f"of pixels,rfid,{','.join(METRICS)}", parse=words)
     features: str = option("inception", FEATURES_HELP)
     inception_weights: str = option(None, "file; none: torch.hub's cache, or download")
@@ -1081,10 +1087,13 @@ class Evaluator:
     def __call__(self, model, seed=0, timed=False):
         """{row: {column: number}}, with the time per image if timed; {} on all processes but the first."""
         y = torch.arange(self.evaluation.count) % max(model.num_classes, 1)
+        fresh = self.evaluation.fresh
+        scheme = {"gamma": self.evaluation.gamma, "shared": None if fresh is None else not fresh}
+        scheme = {name: value for name, value in scheme.items() if value is not None}
 
         def sampled(T, places):
             return self.to_8_bits(sampler(model)(model, y[places], T, self.evaluation.cfg, seed=seed,
-                                                 first=places[0]))
+                                                 first=places[0], **scheme))
 
         rows = {}
         if "pixels" in self.evaluation.metrics:
@@ -1217,8 +1226,10 @@ def main(argv=None):
 
 
 def add_options(group, options):
-    """An option of the command line for every field of Preset or Evaluation."""
+    """An option of the command line for every field of Preset or Evaluation, but for those of both."""
     for f in fields(options):
+        if options is Evaluation and f.name in PRESET_OPTIONS:
+            continue
         text = f.metadata["help"]
         if f.default is not None:
             text += f" ({','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
@@ -1233,7 +1244,8 @@ def add_options(group, options):
 
 def dispatch(given):
     """Do what the options that were given say."""
-    measured = {f.name: given.pop(f.name) for f in fields(Evaluation) if f.name in given}
+    measured = {f.name: given.pop(f.name) for f in fields(Evaluation)
+                if f.name in given and ("evaluate" in given or f.name not in PRESET_OPTIONS)}
     if rae := rae_arguments(given):
         given = {name: value for name, value in given.items() if name not in RAE_OPTIONS} | {"rae": rae}
     if "list" in given:

@@ -140,14 +140,15 @@ def trained(tmp_path_factory):
     return train(TINY, tmp_path_factory.mktemp("run") / "tiny", seed=3)
 
 
-TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_size=8, lr_batch=8, iterations=6,
-                      warmup=0.3333, log_every=2, checkpoint_every=4, picture_every=0)
+TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_size=8, lr_batch=8,
+                      iterations=6, warmup=0.3333, log_every=2, checkpoint_every=4, picture_every=0)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """The checkpoint of a tiny unconditional Sphere Encoder on digits: 16 tokens of 4 channels."""
-    preset = replace(TINY, conditional=False, alpha_max=45.0, alpha_hard=45.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0))
+    preset = replace(TINY, conditional=False, alpha_max=45.0, alpha_hard=45.0,
+                     weights=(1.0, 0.0, 0.0, 0.0, 0.0))
     return train(preset, tmp_path_factory.mktemp("tokenizer") / "run", seed=4, device="cpu")
 
 

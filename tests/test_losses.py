@@ -10,8 +10,9 @@ from torchvision.models import convnext_small, vgg16
 
 import losses
 from losses import (LATENT_WEIGHT_NAMES, WEIGHT_NAMES, denoiser_consistency_ablation_loss,
-                    latent_consistency_loss, latent_prediction_consistency_loss, latent_reconstruction_loss,
-                    pixel_consistency_loss, pixel_reconstruction_loss, sphere_encoder_loss, sphere_latent_loss)
+                    latent_consistency_loss, latent_prediction_consistency_loss,
+                    latent_reconstruction_loss, pixel_consistency_loss, pixel_reconstruction_loss,
+                    sphere_encoder_loss, sphere_latent_loss)
 from spherify import add_noise, spherify
 
 WEIGHTS = (25.0, 0.0, 3.0, 0.0, 0.5)
@@ -301,8 +302,9 @@ def test_weights_are_taken_from_the_cache_and_checked_against_their_hash(weights
 def test_latent_reconstruction_is_a_distance_and_one_minus_the_cosine_of_whole_latents():
     a, b = rand(3, 4, 5), rand(3, 4, 5, seed=1)
     cosines = (a * b).sum((1, 2)) / (a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1))
-    distances = {"l1": (a - b).abs().mean(), "l2": (a - b).square().mean(),
-                 "smooth-l1": torch.where((a - b).abs() < 1, (a - b).square() / 2, (a - b).abs() - 0.5).mean()}
+    gap = (a - b).abs()
+    distances = {"l1": gap.mean(), "l2": gap.square().mean(),
+                 "smooth-l1": torch.where(gap < 1, gap.square() / 2, gap - 0.5).mean()}
     for name, expected in distances.items():
         distance, cosine = latent_reconstruction_loss(a, b, name)
         torch.testing.assert_close(distance, expected)
@@ -328,7 +330,8 @@ def test_latent_consistency_sends_no_gradient_to_its_target():
 def latent_batch(denoiser):
     z = rand(3, *denoiser.latent_shape) * 1.7
     y = torch.tensor([[0, 1, 4], [4, 1, 3], [0, 4, 3], [4, 4, 4]])
-    return z, y, torch.tensor([0.5, 2.0, 9.0]), torch.tensor([0.1, 1.0, 2.0]), rand(3, *denoiser.latent_shape, seed=2)
+    e = rand(3, *denoiser.latent_shape, seed=2)
+    return z, y, torch.tensor([0.5, 2.0, 9.0]), torch.tensor([0.1, 1.0, 2.0]), e
 
 
 def test_latent_total_is_the_weighted_sum_of_the_equations(denoiser, latent_batch):
@@ -345,7 +348,8 @@ def test_latent_total_is_the_weighted_sum_of_the_equations(denoiser, latent_batc
     for name, part in parts.items():
         torch.testing.assert_close(part, expected[name], rtol=1e-4, atol=1e-6)
         assert not part.requires_grad
-    torch.testing.assert_close(loss, sum(w * expected[n] for w, n in zip(weights, expected)), rtol=1e-4, atol=1e-6)
+    total = sum(w * expected[n] for w, n in zip(weights, expected))
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-6)
 
 
 def test_the_ablation_denoises_its_own_prediction_and_costs_a_pass_only_if_weighted(denoiser, latent_batch):
@@ -366,5 +370,5 @@ def test_latent_loss_stays_float32_under_autocast(denoiser, latent_batch):
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = sphere_latent_loss(denoiser, *latent_batch)
         distance, cosine = latent_reconstruction_loss(latent_batch[0].bfloat16(), latent_batch[0])
-    assert {loss.dtype, distance.dtype, cosine.dtype, *(part.dtype for part in parts.values())} == {torch.float32}
+    assert {part.dtype for part in (loss, distance, cosine, *parts.values())} == {torch.float32}
     assert cosine.abs() < 1e-5                          # of bf16 products it would be off by 1e-3

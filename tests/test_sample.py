@@ -418,7 +418,8 @@ def test_latent_guidance_acts_on_latents_at_every_step(denoiser):
     e, sigma_max = noise(denoiser)[0], angle_to_sigma(70.0)
     guided = lambda v: denoiser(v) + 2.25 * (denoiser(v, Y) - denoiser(v))
     x = denoiser.tokenizer.decode(guided(add_noise(spherify(guided(spherify(e))), sigma_max, e)))
-    torch.testing.assert_close(generate_latent(denoiser, Y, 2, 2.25, gamma=0.0, seed=5), x, rtol=1e-4, atol=1e-5)
+    drawn = generate_latent(denoiser, Y, 2, 2.25, gamma=0.0, seed=5)
+    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-5)
 
 
 def test_latent_sampling_decodes_once_and_denoises_once_per_step_without_guidance(denoiser, monkeypatch):
@@ -462,13 +463,15 @@ def test_a_denoiser_brings_its_own_schedule(denoiser):
     own = generate_latent(denoiser, Y, 4)
     assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=1.0, shared=True, alpha=70.0))
     denoiser.gamma, denoiser.shared = 0.0, False
-    assert torch.equal(generate_latent(denoiser, Y, 4), generate_latent(denoiser, Y, 4, gamma=0.0, shared=False))
+    own = generate_latent(denoiser, Y, 4)
+    assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=0.0, shared=False))
 
 
 def test_latent_images_do_not_depend_on_the_batch(denoiser):
     y = torch.arange(16) % 4
     whole = generate_latent(denoiser, y, 3, 1.5, seed=2)
-    parts = torch.cat([generate_latent(denoiser, y[i:i + 3], 3, 1.5, seed=2, first=i) for i in range(0, 16, 3)])
+    parts = torch.cat([generate_latent(denoiser, y[i:i + 3], 3, 1.5, seed=2, first=i)
+                       for i in range(0, 16, 3)])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
@@ -483,7 +486,8 @@ def test_a_denoiser_without_tokenizer_is_refused(denoiser):
         generate_latent(denoiser, Y, 1)
 
 
-def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(trained_latent, tiny_tokenizer, tmp_path):
+def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(
+        trained_latent, tiny_tokenizer, tmp_path):
     loaded, tokenizer = load(trained_latent), load(tiny_tokenizer)
     assert loaded.class_names == [str(k) for k in range(10)] and loaded.gamma == 1.0
     for name, weight in tokenizer.state_dict().items():
@@ -499,8 +503,8 @@ def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(trained_la
     ("latent", ["--position", "encoder"], "--position"), ("plain", ["--project-last"], "--project-last"),
     ("latent", ["--gamma", "-1"], "gamma"), ("latent", ["--cfg", "-1"], "cfg"),
 ])
-def test_options_of_the_other_model_are_refused_in_one_line(trained, trained_latent, tmp_path, capsys, kind, flags,
-                                                            named):
+def test_options_of_the_other_model_are_refused_in_one_line(
+        trained, trained_latent, tmp_path, capsys, kind, flags, named):
     checkpoint = trained_latent if kind == "latent" else trained
     with pytest.raises(SystemExit) as exit:
         main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "a"), *flags])

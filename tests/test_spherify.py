@@ -206,7 +206,8 @@ def test_logit_normal_draws_are_the_larger_and_smaller_of_two(generator):
 
 
 def test_logit_normal_draws_are_linear_in_sigma_or_in_the_angle():
-    draws = {mapping: torch.stack(logit_normal_sigmas(1000, 85.0, 0.3, 1.2, mapping, torch.Generator().manual_seed(1)))
+    draws = {mapping: torch.stack(logit_normal_sigmas(1000, 85.0, 0.3, 1.2, mapping,
+                                                      torch.Generator().manual_seed(1)))
              for mapping in ("sigma", "angle")}
     torch.testing.assert_close(sigma_to_angle(draws["angle"]) / 85, draws["sigma"] / angle_to_sigma(85.0),
                                rtol=1e-4, atol=1e-5)

@@ -773,7 +773,8 @@ def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["1", "step", "2", "steps", "real", "held-out"]
     rows = {line[:20].strip(): [float(word) for word in line[20:].split()] for line in lines[2:]}
-    assert list(rows) == ["judged right", "Fréchet distance", "nearest", "reconstruction MSE", "ms per image"]
+    assert list(rows) == ["judged right", "Fréchet distance", "nearest", "reconstruction MSE",
+                          "ms per image"]
     assert 0 < rows["ms per image"][0] and len(rows["ms per image"]) == 2
     assert rows["judged right"][2] == pytest.approx(0.953, abs=0.001)       # the judge itself, on real digits
     assert rows["Fréchet distance"][2] == pytest.approx(3.01, abs=0.03) and rows["nearest"][2] == 1.0
@@ -832,6 +833,14 @@ def test_guidance_reaches_the_samples_that_are_judged(trained):
     assert len(set(distances)) == 3
 
 
+@pytest.mark.parametrize("kind", ["trained", "trained_latent"])
+def test_the_sampling_scheme_reaches_the_samples_that_are_judged(kind, request):
+    path, own = request.getfixturevalue(kind), dict(gamma=0.0 if kind == "trained" else 1.0, fresh=False)
+    rows = [evaluate(path, count=20, steps=(3,), **scheme)["Fréchet distance"]["3 steps"]
+            for scheme in ({}, own, dict(gamma=0.5), dict(fresh=True))]
+    assert rows[0] == rows[1] and len(set(rows)) == 3
+
+
 def test_truncated_samples_are_darker(trained):
     rounded, truncated = (evaluate(trained, count=100, steps=(1,), truncate=t) for t in (False, True))
     assert rounded["nearest"]["1 step"] != truncated["nearest"]["1 step"]
@@ -844,8 +853,10 @@ def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
     main(["--evaluate", str(trained)])
     main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d --truncate".split()])
     main(["--evaluate", str(trained), *"--metrics fid,rfid --features pixels --reference r.npz".split()])
+    main(["--evaluate", str(trained), "--gamma", "0.5", "--fresh"])
     assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d", truncate=True),
-                    dict(metrics=("fid", "rfid"), features="pixels", reference="r.npz")]
+                    dict(metrics=("fid", "rfid"), features="pixels", reference="r.npz"),
+                    dict(gamma=0.5, fresh=True)]
 
 
 def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluations(tmp_path, monkeypatch):
@@ -1029,7 +1040,8 @@ def test_the_latent_loop_is_what_it_says_written_out(tiny_tokenizer, tmp_path):
         labels = torch.tensor([data[i][1] for i in chosen])
         y = torch.stack([torch.where(drop, 10, labels) for drop in drawn["drop"]])
         e = gaussian(drawn["e_seed"], model.latent_shape, "cpu")
-        loss, _ = sphere_latent_loss(model, tokenizer.encode(x), y, sigma, sigma_sub, e, preset.weights, "l1", True)
+        loss, _ = sphere_latent_loss(model, tokenizer.encode(x), y, sigma, sigma_sub, e, preset.weights, "l1",
+                                     True)
         gradients = torch.autograd.grad(loss, list(trainable.values()))
         norm = torch.sqrt(sum(g.square().sum() for g in gradients))
         for p, g in zip(trainable.values(), gradients):
@@ -1042,12 +1054,12 @@ def test_the_latent_loop_is_what_it_says_written_out(tiny_tokenizer, tmp_path):
         torch.testing.assert_close(stored["model"][name], p.detach(), rtol=1e-4, atol=4e-5)
 
 
-LATENT_FLAGS = ["--preset", "digits-latent", "--denoiser-size", "16,1,2", *"--batch-size 8 --lr-batch 8 --iterations "
-                "12 --warmup 0.3333 --log-every 3 --checkpoint-every 4 --picture-every 0 --device cpu".split()]
+LATENT_FLAGS = ("--preset digits-latent --denoiser-size 16,1,2 --batch-size 8 --lr-batch 8 --iterations 12 "
+                "--warmup 0.3333 --log-every 3 --checkpoint-every 4 --picture-every 0 --device cpu").split()
 
 
 def test_a_run_of_two_phases_resumes_from_either(tmp_path, monkeypatch, capsys):
-    """Left while it trains its tokenizer, then while it trains the denoiser; the end is that of an unbroken run."""
+    """Left while it trains its tokenizer, then its denoiser; the end is that of an unbroken run."""
     tokenizer = replace(TINY, conditional=False, weights=(1.0, 0.0, 0.0, 0.0, 0.0), iterations=12)
     monkeypatch.setitem(PRESETS, "digits-tokenizer", tokenizer)
     main([*LATENT_FLAGS, "--out", str(tmp_path / "whole")])
@@ -1069,7 +1081,7 @@ def test_a_run_of_two_phases_resumes_from_either(tmp_path, monkeypatch, capsys):
     main([*flags, "--resume", "--device", "cpu"])
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
     assert_same_run(tmp_path / "broken" / "tokenizer", tmp_path / "whole" / "tokenizer")
-    shutil.rmtree(tmp_path / "broken" / "tokenizer")                        # its checkpoint holds what it needs
+    shutil.rmtree(tmp_path / "broken" / "tokenizer")    # the denoiser's checkpoint holds what it needs of it
     main(["--evaluate", str(tmp_path / "broken" / "last.pt"), "--count", "20"])
 
     (tmp_path / "whole" / "last.pt").unlink()
@@ -1087,8 +1099,8 @@ def test_two_processes_train_tokenizer_and_denoiser_as_one(tmp_path):
                       "weights=(1.0, 0.0, 0.0, 0.0, 0.0))\nsys.exit(train.main())\n")
     for processes in (1, 2):
         result = subprocess.run(
-            [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", script, *LATENT_FLAGS, "--log-every", "1",
-             "--out", tmp_path / str(processes)], capture_output=True, text=True, timeout=120,
+            [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", script, *LATENT_FLAGS, "--log-every",
+             "1", "--out", tmp_path / str(processes)], capture_output=True, text=True, timeout=120,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
     for folder in ("", "tokenizer"):
@@ -1112,7 +1124,8 @@ def test_cached_latents_are_the_tokenizers_and_train_the_same_model(tiny_tokeniz
     for i in (0, 77, 1499):
         x = data[i][0][None].float() / 127.5 - 1
         torch.testing.assert_close(cache[i][0][None], tokenizer.encode(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(cache[1500 + i][0][None], tokenizer.encode(x.flip(3)), rtol=1e-4, atol=1e-5)
+        mirrored = tokenizer.encode(x.flip(3))
+        torch.testing.assert_close(cache[1500 + i][0][None], mirrored, rtol=1e-4, atol=1e-5)
         assert cache[i][1] == cache[1500 + i][1] == data.targets[i]
     train.train(preset, tmp_path / "again", seed=5, device="cpu", latent_cache=tmp_path / "None")
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "None")    # one cache serves several runs
@@ -1150,12 +1163,13 @@ def test_the_cache_of_image_files_knows_their_names_and_sizes(folder, tiny_token
     assert len(set(digests)) == 3
 
 
-def test_a_denoiser_trains_on_rae_latents_and_its_checkpoint_finds_the_rae_again(folder, rae_files, tmp_path, capsys):
+def test_a_denoiser_trains_on_rae_latents_and_its_checkpoint_finds_the_rae_again(
+        folder, rae_files, tmp_path, capsys):
     files = ["--dinov2-repo", rae_files["repo"], "--dinov2-weights", rae_files["encoder_weights"],
              "--rae-decoder", rae_files["decoder_weights"], "--rae-statistics", rae_files["statistics"]]
-    flags = ["--preset", "imagenet-latent", "--dataset", "folder", "--data", str(folder), "--image-size", "64",
-             "--denoiser-size", "16,1,2", "--batch-size", "4", "--iterations", "4", "--device", "cpu",
-             "--latent-cache", str(tmp_path / "cache"), "--checkpoint-every", "2"]
+    flags = ["--data", str(folder), "--latent-cache", str(tmp_path / "cache"),
+             *("--preset imagenet-latent --dataset folder --image-size 64 --denoiser-size 16,1,2 "
+               "--batch-size 4 --iterations 4 --checkpoint-every 2 --device cpu").split()]
     golden_heads = models.RAE_HEADS | {48: 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "RAE_HEADS", golden_heads)
@@ -1185,7 +1199,7 @@ def test_samples_of_a_denoiser_are_evaluated_on_its_tokenizers_images(trained_la
     assert rows["Fréchet distance"]["1 step"] != rows["Fréchet distance"]["2 steps"]
 
 
-def test_settings_of_tokenizers_that_do_not_fit_are_one_line(trained_latent, tiny_tokenizer, tmp_path, capsys):
+def test_tokenizers_that_do_not_fit_are_one_line(trained_latent, tiny_tokenizer, tmp_path, capsys):
     for flags, named in ((["--tokenizer", str(trained_latent)], "holds a Sphere Latent Encoder"),
                          (["--tokenizer", str(tiny_tokenizer), "--image-size", "32"], "--image-size 32")):
         with pytest.raises(SystemExit):
