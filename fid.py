@@ -705,8 +705,9 @@ def run(args):
         known = " and ".join(str(count or "unknown") for count in counts)
         print(f"{args.images} against {args.reference}: {known} images, "
               + (f"convention {convention}" if convention else f"features {network.name}"))
+        width = max(map(len, results))
         for name, value in results.items():
-            print(f"{name:36}{value:12.4f}")
+            print(f"{name:{width}}{value:12.4f}")
 
 
 if __name__ == "__main__":
