@@ -18,6 +18,7 @@ import json
 import sys
 import warnings
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -231,13 +232,13 @@ class FeatureStatistics:
 
 
 def save_statistics(path, extracted):
-    """Write the statistics of Extracted as npz: mu, sigma, count and the network's name; mu_s and sigma_s for
-    sFID.
+    """Write the statistics of Extracted as npz: mu, sigma, count, network and convention; for sFID mu_s and
+    sigma_s.
 
     Means are float32 and covariances float64, as torch-fidelity, pytorch-fid and the ADM evaluator write them
     and torch-fidelity insists on. An existing file is not overwritten: FileExistsError.
     """
-    arrays = {"count": extracted.fid.count, "features": extracted.name}
+    arrays = {"count": extracted.fid.count, "features": extracted.name, "convention": extracted.convention}
     for statistics, suffix in ((extracted.fid, ""), (extracted.sfid, "_s")):
         if len(statistics.sum):
             arrays[f"mu{suffix}"] = statistics.mean.float().cpu().numpy()
@@ -422,13 +423,13 @@ class Classifier(nn.Module):
         except KeyError:
             raise ValueError(f"--features must be inception, pixels or a classifier of torchvision, such as "
                              f"resnet50 or mobilenet_v2:IMAGENET1K_V1, got {name!r}") from None
-        self.name, self.transform, self.seen = name, weights.transforms(), None
-        self.model = torchvision_models.get_model(model)
+        self.name, self.convention, self.transform, self.seen = name, "", weights.transforms(), None
+        file = weights.url.rsplit("/", 1)[1]
+        _published(weights.url, [file], file.rsplit("-", 1)[1].split(".")[0])
+        self.model = torchvision_models.get_model(model, weights=weights)      # some need more than a file
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1:]
         if not linear:
             raise ValueError(f"--features {name}: this network ends in no Linear layer; choose another")
-        file = weights.url.rsplit("/", 1)[1]
-        self.model.load_state_dict(_published(weights.url, [file], file.rsplit("-", 1)[1].split(".")[0]))
         linear[0].register_forward_pre_hook(self.see)
         self.dims = (linear[0].in_features, linear[0].out_features, 0)
 
@@ -445,11 +446,15 @@ class Classifier(nn.Module):
 class Pixels(nn.Module):
     """Raw pixels in [-1, 1] as features, averaged (or repeated) to 16 x 16: no network and no weights."""
 
-    name, dims = "pixels", (3 * 16 * 16, 0, 0)
+    name, dims, convention = "pixels", (3 * 16 * 16, 0, 0), ""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(127.5))
 
     def forward(self, x):
         """uint8 [B, 3, H, W] -> features [B, 768], no logits [B, 0], nothing for sFID [B, 0]."""
-        features = F.adaptive_avg_pool2d(x.float() / 127.5 - 1, 16).flatten(1)
+        features = F.adaptive_avg_pool2d(x.float() / self.scale - 1, 16).flatten(1)
         return features, features[:, :0], features[:, :0]
 
 
@@ -480,6 +485,9 @@ def check_metrics(metrics, network, stored=None):
         if stored["features"] != network.name or len(stored["mu"]) != network.dims[0]:
             raise ValueError(f"the stored statistics are of {len(stored['mu'])} features of "
                              f"{stored['features']}, expected {network.dims[0]} of {network.name}")
+        if stored.get("convention", network.convention) != network.convention:      # other tools name none
+            raise ValueError(f"the stored statistics are of the convention {stored['convention']}; give it "
+                             f"as --convention, or store them anew")
         if "pr" in metrics:
             raise ValueError("precision and recall need images on both sides, not stored statistics; leave "
                              "pr out of --metrics")
@@ -497,9 +505,9 @@ class Extracted:
     """
 
     def __init__(self, batches, network, metrics=METRICS):
-        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        device = next(iter(network.state_dict().values())).device
         summed = "cpu" if device.type == "mps" else device                          # which has no float64
-        self.name, self.metrics = network.name, metrics
+        self.name, self.convention, self.metrics = network.name, network.convention, metrics
         self.fid, self.sfid = (FeatureStatistics(network.dims[i], summed) for i in (0, 2))
         empty = torch.zeros(0, device=device)
         features, logits = [empty.view(0, network.dims[0])], [empty.view(0, network.dims[1])]
@@ -512,6 +520,10 @@ class Extracted:
             if "is" in metrics:
                 logits.append(logit)
         self.features, self.logits = torch.cat(features), torch.cat(logits)         # [n, D], [n, classes]
+
+    @cached_property
+    def radii(self):
+        return manifold_radii(self.features)
 
     def gather(self, places, count):
         """Join what all processes of torch.distributed extracted of `count` images; this one, the images at
@@ -549,10 +561,9 @@ def compare(sets, real, metrics):
         rows["Inception Score"] = {name: score for name, (score, _) in scores.items()}
         rows["its deviation"] = {name: deviation for name, (_, deviation) in scores.items()}
     if "pr" in metrics:
-        reach = manifold_radii(real.features)
-        rows[f"precision{suffix}"] = {name: share_inside(x.features, real.features, reach)
+        rows[f"precision{suffix}"] = {name: share_inside(x.features, real.features, real.radii)
                                       for name, x in sets.items()}
-        rows[f"recall{suffix}"] = {name: share_inside(real.features, x.features, manifold_radii(x.features))
+        rows[f"recall{suffix}"] = {name: share_inside(real.features, x.features, x.radii)
                                    for name, x in sets.items()}
     if "sfid" in metrics:
         theirs = (stored["mu_s"], stored["sigma_s"]) if stored else (real.sfid.mean, real.sfid.covariance)

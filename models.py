@@ -450,10 +450,10 @@ class SiT(Transformer):
         self.image_size = tokenizer.image_size
         return self
 
-    def _apply(self, move, *rest):
+    def _apply(self, move, recurse=True):
         if self.tokenizer is not None:
-            self.tokenizer._apply(move)
-        return super()._apply(move, *rest)
+            self.tokenizer._apply(move, recurse)
+        return super()._apply(move, recurse)
 
     def forward(self, v, y=None):
         """z_hat = F(v, y), in the scale of the clean latent, not on the sphere.
@@ -532,24 +532,33 @@ class RAE(nn.Module):
     def __init__(self, repo="facebookresearch/dinov2:main", encoder="dinov2_vitb14_reg", encoder_weights=None,
                  decoder_weights=None, statistics=None, heads=None):
         super().__init__()
-        self.config = dict(repo=repo, encoder=encoder, encoder_weights=encoder_weights,
-                           decoder_weights=decoder_weights, statistics=statistics, heads=heads)
+        files = dict(repo=repo, encoder_weights=encoder_weights, decoder_weights=decoder_weights,
+                     statistics=statistics)
+        # Not Path, which no checkpoint may hold.
+        self.config = {name: value and str(value) for name, value in files.items()} | dict(encoder=encoder,
+                                                                                           heads=heads)
         self.encoder = _dinov2(repo, encoder, encoder_weights)
         weights = convert_rae_decoder(_rae_file(decoder_weights, *RAE_DECODER),
                                       decoder_weights or RAE_DECODER[0])
         width, d = weights["embed.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1) if "pos_embed" in weights else 16
+        if heads is None and width not in RAE_HEADS:
+            raise ValueError(f"{decoder_weights}: a decoder of width {width}, expected one of "
+                             f"{', '.join(map(str, RAE_HEADS))}; of others, give RAE their number of heads")
         depth, mlp_hidden = _depth_of(weights, "blocks"), len(weights["blocks.0.mlp.0.weight"])
-        self.decoder = RAEDecoder(d, grid, width, depth, heads or RAE_HEADS.get(width, 1), mlp_hidden,
+        self.decoder = RAEDecoder(d, grid, width, depth, heads or RAE_HEADS[width], mlp_hidden,
                                   math.isqrt(len(weights["pred.bias"]) // 3))
         self.decoder.load_state_dict(weights)
         self.grid, self.latent_shape = grid, (grid**2, d)                                   # (N, d)
         self.image_size = (grid * self.decoder.patch_size,) * 2
         stored = _rae_file(statistics, *RAE_STATISTICS)
-        for name, default in (("mean", 0.0), ("var", 1.0)):
+        if stored.get("var") is None:
+            raise ValueError(f"{statistics or RAE_STATISTICS[0]}: no statistics, it holds no 'var'; replace "
+                             f"it by {RAE_STATISTICS[0]}")
+        for name in ("mean", "var"):
             value = stored.get(name)
             if value is None:
-                value = torch.full((d, grid, grid), default)
+                value = torch.zeros(d, grid, grid)
             if tuple(value.shape) != (d, grid, grid):
                 raise ValueError(f"{statistics or RAE_STATISTICS[0]}: {name} is {list(value.shape)}, but the "
                                  f"decoder's latents are [{d}, {grid}, {grid}]")
@@ -1017,9 +1026,10 @@ def _rae_file(path, url, cached):
                                                          weights_only=True)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; it should be a copy of {url}") from None
     except OSError as error:
+        if path is not None:
+            raise FileNotFoundError(f"{path}: cannot be read ({error.strerror}); it should be a copy of {url}"
+                                    ) from None
         raise FileNotFoundError(f"{cache / cached} is missing and could not be downloaded "
                                 f"({getattr(error, 'reason', error)}); place {url} there") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
@@ -1034,7 +1044,7 @@ def _rae_file(path, url, cached):
 def _dinov2(repo, entry, weights):
     """DINOv2 through torch.hub: from GitHub, its cache or a folder; with its own weights or those given."""
     local = Path(repo).is_dir()
-    if not local and "/" not in repo:
+    if not local and not str(repo).startswith("facebookresearch/dinov2"):       # nobody else's code is run
         raise FileNotFoundError(f"{repo}: no such folder; place https://github.com/facebookresearch/dinov2 "
                                 f"there")
     place = f"{torch.hub.get_dir()}/facebookresearch_dinov2_main, or name its folder"
@@ -1042,7 +1052,7 @@ def _dinov2(repo, entry, weights):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="xFormers")
-            network = torch.hub.load(repo, entry, source="local" if local else "github", trust_repo=True,
+            network = torch.hub.load(str(repo), entry, source="local" if local else "github", trust_repo=True,
                                      verbose=False, pretrained=weights is None)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{repo}: not a copy of https://github.com/facebookresearch/dinov2 "

@@ -158,9 +158,9 @@ IMAGENET = replace(
 # Little noise and no classes: a Sphere Encoder that serves as tokenizer. Of its losses only Eq. 7 is left.
 TOKENIZER = {"conditional": False, "alpha_max": 45.0, "alpha_hard": 45.0, "hard_prob": 0.0,
              "weights": (1.0, 0.0, 0.0, 0.0, 0.0)}
-# On the RAE's latents. Of these settings, our text of the paper has the sizes of images and denoisers, the
-# flips and the use of averaged weights; rates, EMA, batch and lengths are assumed: those of the RAE's authors
-# for their diffusion models, and the Sphere Encoder's epochs.
+# On the RAE's latents. The model card has the sizes of images and denoisers and the use of averaged weights,
+# our text of the paper the flips. All else is assumed: rates, EMA and batch are those of the RAE's authors
+# for their diffusion models, the epochs the Sphere Encoder's.
 RAE_LATENTS = Preset(
     tokenizer="rae", image_size=256, denoiser_size="B", alpha_max=85.0, weights=(1.0, 1.0, 1.0, 1.0, 0.0),
     perceptual="none", batch_size=1024, lr=2e-4, min_lr=2e-5, lr_batch=1024, ema=0.9995, use_ema=True,
@@ -422,7 +422,11 @@ class LatentCache(Dataset):
     def write(self, path, key, data, tokenizer, device, workers):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{process_rank()[0]}.tmp")     # each machine writes its own
-        beside.write_bytes(json.dumps(key).encode().ljust(self.header))
+        with open(beside, "wb") as file:
+            file.write(json.dumps(key).encode().ljust(self.header))
+            file.flush()
+            if hasattr(os, "posix_fallocate"):              # a full disk is told now, and not by a bus error
+                os.posix_fallocate(file.fileno(), 0, self.header + 4 * math.prod(key["shape"]))
         latents = np.memmap(beside, np.float32, "r+", self.header, tuple(key["shape"]))
         loader = DataLoader(data, batch_size=64, num_workers=workers, generator=seeded(0))
         place = 0
@@ -606,7 +610,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     last, log, evaluations = out / "last.pt", out / "log.jsonl", out / "evaluations.jsonl"
     check_preset(preset, world, accumulate)
     evaluation = evaluation or Evaluation()
-    check_evaluation(evaluation)
+    check_evaluation(evaluation, preset.conditional)
     if not 0 <= evaluate_every < math.inf or evaluate_every and not {"pixels", "fid"} & {*evaluation.metrics}:
         raise ValueError(f"--evaluate-every must be at least 0 and needs pixels or fid in --metrics, "
                          f"got {evaluate_every:g} and {','.join(evaluation.metrics)}")
@@ -617,14 +621,16 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         say(f"{last}: already trained for all its {checkpoint['step']} iterations")
         return last
     with process_group(device) as device, interruptible() as interrupted:
+        data, held_out, class_names = first_process_first(lambda: load_data(preset))
+        measure = Evaluator(evaluation, data, held_out, device) if evaluate_every else None
         if preset.tokenizer in PRESETS and not checkpoint:
             say(f"{out / 'tokenizer'}: first the tokenizer, {preset.tokenizer}")
             begun = resume and (out / "tokenizer" / "last.pt").exists()
-            small = replace(PRESETS[preset.tokenizer], data=preset.data)
-            train(small, out / "tokenizer", seed, begun, device, workers)
+            small = replace(PRESETS[preset.tokenizer], data=preset.data, precision=preset.precision)
+            train(small, out / "tokenizer", seed, begun, device, workers,
+                  perceptual_weights=perceptual_weights)
 
-        # Data, model and its average, optimizer
-        data, held_out, class_names = first_process_first(lambda: load_data(preset))
+        # Networks and averages, optimizer
         tokenizer, perceptual = None, None
         if is_latent(preset):
             tokenizer = first_process_first(
@@ -634,9 +640,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             perceptual = first_process_first(
                 lambda: perceptual_distance(preset.perceptual, perceptual_weights))
         total = total_iterations(preset, len(data))
-        measure_every = max(1, round(evaluate_every * len(data) / preset.batch_size)) if evaluate_every else 0
-        measure = Evaluator(evaluation, data, held_out, device) if measure_every else None
-        best = {"score": math.inf, "step": 0, "evaluation": asdict(evaluation)}
+        measure_every = max(1, round(evaluate_every * len(data) / preset.batch_size))
+        best = {"score": math.inf, "step": 0,
+                "evaluation": json.loads(json.dumps(asdict(evaluation), default=str))}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hashed(seed, 2))
             model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape).to(device)
@@ -671,8 +677,6 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             objective.compile(dynamic=False)            # in place: parameters keep their names
         on_gpu = device.type == "cuda"
         bf16 = preset.precision == "bf16" or preset.precision == "auto" and on_gpu
-        if on_gpu:
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         optimizer = build_optimizer(model, preset)
 
         def save(step, path=last):
@@ -690,8 +694,12 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = checkpoint["step"]
-            if checkpoint.get("best", best)["evaluation"] == best["evaluation"]:
-                best = checkpoint.get("best", best)         # else measured otherwise: a new best begins
+            stored_best = checkpoint.get("best", best)
+            if measure is None or stored_best["evaluation"] == best["evaluation"]:
+                best = stored_best                          # else measured otherwise: a new best begins
+            if measure is None and best["step"]:
+                say(f"{last}: goes on without the evaluations of before; --evaluate-every and its options "
+                    f"are not stored")
             checkpoint = None                               # so that its memory can go
             if rank == 0:
                 cut_log(log, start)
@@ -723,7 +731,6 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 if source is data:
                     x = to_float(x)
                     x = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
-                    x = tokenizer.encode(x) if tokenizer else x
                 labels = labels.to(device, non_blocking=True)
                 y = torch.where(drawn["drop"], model.num_classes, labels)                    # [4, B]
 
@@ -731,9 +738,10 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 rows = []
                 for m in micro_batches:                     # the loss is a mean, and they are equally large
                     waits = world > 1 and m is not micro_batches[-1]        # gradients meet at the last one
+                    part = tokenizer.encode(x[m]) if tokenizer and source is data else x[m]
                     with objective.no_sync() if waits else contextlib.nullcontext():
                         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                            loss, parts = objective(x[m], y[:, m], sigma[m], sigma_sub[m], e[m])
+                            loss, parts = objective(part, y[:, m], sigma[m], sigma_sub[m], e[m])
                         (loss / accumulate).backward()
                     rows.append({"loss": loss.detach(), **parts})
                 grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip or math.inf)
@@ -763,7 +771,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     if rank == 0:
                         with open(evaluations, "a") as file:
                             file.write(json.dumps({"step": done, **rows}, ensure_ascii=False) + "\n")
-                        row = next(row for row in rows if row.startswith(("FID", "FD ", "Fréchet")))
+                        row = next((row for row in rows if row.startswith(("FID", "FD "))),
+                                   "Fréchet distance")
                         score = rows[row][steps_label(evaluation.steps[-1])]
                         if score < best["score"]:
                             best = {**best, "score": score, "step": done}
@@ -824,6 +833,12 @@ def check_preset(preset, world, accumulate):
     if is_latent(p) and p.tokenizer in PRESETS and is_latent(PRESETS[p.tokenizer]):
         raise ValueError(f"--tokenizer must be none, rae, or the preset or a checkpoint of a Sphere Encoder, "
                          f"got {p.tokenizer}")
+    if p.tokenizer in PRESETS:
+        small = PRESETS[p.tokenizer]
+        if (p.dataset, p.image_size) != (small.dataset, small.image_size):
+            raise ValueError(f"--tokenizer {p.tokenizer} is for {small.dataset} at {small.image_size} "
+                             f"pixels, not {p.dataset} at {p.image_size}; train a tokenizer and name its "
+                             f"checkpoint")
     if is_latent(p):
         with torch.device("meta"):
             SiT(1, 1, 0, p.denoiser_size)                   # its own check, before a tokenizer is trained
@@ -909,6 +924,7 @@ def process_group(device):
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
     if world == 1 or distributed.is_initialized():          # a tokenizer is trained within its denoiser's run
         yield device
         return
@@ -1028,7 +1044,7 @@ class Evaluation:
 
     count: int = option(1000, "number of samples; sample i has class i mod K", 2)
     steps: tuple = option((1, 2, 4), "T, one or several", parse=ints)
-    cfg: float = option(1.0, "guidance scale, 1 = off")
+    cfg: float = option(1.0, "guidance scale, 1 = off", 0)
     gamma: float = option(None, "decay of the noise; none: as the checkpoint's model has it")
     fresh: bool = option(None, "fresh noise at every step; none: as the checkpoint's model has it")
     metrics: tuple = option(("pixels",), f"of pixels,rfid,{','.join(METRICS)}", parse=words)
@@ -1050,12 +1066,12 @@ def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
     Samples have 8 bits, as in an image file, but no file is written.
     """
     evaluation = Evaluation(**options)
-    check_evaluation(evaluation)
     checkpoint = read_checkpoint(path)
     preset = stored_preset(checkpoint, path)
+    check_evaluation(evaluation, preset.conditional)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
-        model = build(checkpoint, path, rae=rae).to(device)
+        model = first_process_first(lambda: build(checkpoint, path, rae=rae)).to(device)
         train_set, held_out, class_names = first_process_first(lambda: load_data(preset))
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
@@ -1063,8 +1079,21 @@ def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
         return Evaluator(evaluation, train_set, held_out, device)(model, seed, timed=True)
 
 
-def check_evaluation(evaluation):
+def check_evaluation(evaluation, conditional):
+    """Raise a ValueError for the first value that no model can be measured with."""
     check_ranges(evaluation)
+    if min(evaluation.steps, default=0) < 1:
+        raise ValueError(f"--steps must be whole numbers of at least 1, got {evaluation.steps}")
+    if evaluation.cfg != 1 and not conditional:
+        raise ValueError(f"--cfg {evaluation.cfg:g} needs a conditional model; this one has no classes to "
+                         f"guide towards")
+    if "pr" in evaluation.metrics and evaluation.count < 4:
+        raise ValueError(f"--count must be at least 4 for precision and recall, got {evaluation.count}")
+    idle = [name for name in ("reference", "inception_weights") if getattr(evaluation, name)]
+    idle += ["features"] * (evaluation.features != "inception")
+    if idle and not set(evaluation.metrics) - {"pixels"}:
+        raise ValueError(f"{flag(idle[0])} says nothing of raw pixels; name what it is for, such as "
+                         f"--metrics fid")
     if unknown := set(evaluation.metrics) - {"pixels", "rfid", *METRICS}:
         raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
 
@@ -1132,13 +1161,21 @@ class Evaluator:
         if rank > 0:
             return {}
         if self.held_out is not None:
-            sets["real held-out"] = stacked(self.held_out, 10_000)
-        rows = pixel_quality(sets, *stacked(self.train_set, 10_000), judged=model.num_classes > 0)
+            sets["real held-out"] = self.held_out_pixels
+        rows = pixel_quality(sets, *self.training_pixels, judged=model.num_classes > 0)
         if self.held_out is not None:
             parts = (to_float(part).to(self.device) for part in sets["real held-out"][0].split(100))
             error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
         return rows | {"ms per image": times} if timed else rows
+
+    @cached_property
+    def training_pixels(self):
+        return stacked(self.train_set, 10_000)
+
+    @cached_property
+    def held_out_pixels(self):
+        return stacked(self.held_out, 10_000)
 
     @cached_property
     def training_features(self):

@@ -3,7 +3,6 @@ import json
 import urllib.error
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -346,8 +345,7 @@ def classifier(tmp_path, monkeypatch):
     digest = hashlib.sha256((cache / "new.pth").read_bytes()).hexdigest()[:8]
     (cache / "new.pth").rename(cache / f"shuffle-{digest}.pth")
     known = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT
-    published = SimpleNamespace(url=f"https://example.org/shuffle-{digest}.pth", transforms=known.transforms)
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: {"DEFAULT": published})
+    monkeypatch.setattr(known.value, "url", f"https://example.org/shuffle-{digest}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return "shufflenet_v2_x0_5"
 
@@ -385,7 +383,6 @@ def test_features_are_kept_only_for_the_measures_that_need_them():
 
 @pytest.mark.parametrize("argv, named", [
     (["--features", "resnet51"], "resnet51"), (["--features", "resnet18:V9"], "resnet18:V9"),
-    (["--features", "squeezenet1_0"], "no Linear layer"),
     (["--features", "pixels", "--metrics", "is"], "fid,pr"),
     (["--features", "pixels", "--inception-weights", "w.pth"], "--inception-weights"),
     (["--features", "fcn_resnet50"], "fcn_resnet50"),
@@ -412,6 +409,9 @@ def test_statistics_of_other_features_are_refused(folders, tmp_path, capsys):
     network = fid.feature_network("pixels")
     stored = fid.load_statistics(tmp_path / "b.npz")
     assert fid.check_metrics(None, network, stored) == ("fid",)
+    assert "convention" in stored and fid.check_metrics(None, network, stored | {"convention": ""})
+    with pytest.raises(ValueError, match="of the convention pytorch-fid"):
+        fid.check_metrics(None, network, stored | {"convention": "pytorch-fid"})
     for wrong in ({"features": "inception"}, {"mu": np.zeros(5)}):
         with pytest.raises(ValueError, match="expected 768 of pixels"):
             fid.check_metrics(None, network, stored | wrong)

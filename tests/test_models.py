@@ -680,7 +680,7 @@ def test_a_mean_in_the_statistics_is_subtracted_and_added_again(rae_files):
     torch.testing.assert_close(shifted.encode(x), plain.encode(x) - gap, rtol=1e-4, atol=1e-4)
     one, two = (rae.decode(rae.encode(x)) for rae in (shifted, plain))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-    assert weights_digest(shifted) != weights_digest(plain) == weights_digest(RAE(**rae_files))
+    assert weights_digest(plain) != weights_digest(shifted) == weights_digest(RAE(**rae_files))
 
 
 def test_released_rae_decoders_are_placed_bare_wrapped_without_table_or_class_token():
@@ -720,12 +720,22 @@ def test_rae_decoders_that_are_none_are_refused_by_name(change, named):
     ("encoder", "not the weights of dinov2_vitb14_reg"), ("no decoder", "ViTXL_n08/model.pt"),
     ("decoder", "damaged"), ("other decoder", "is unknown"), ("no statistics", "imagenet1k/stat.pt"),
     ("statistics", "damaged"), ("shape", "[5, 4, 4]"), ("list", "no dictionary"), ("entry", "dinov2_vitx"),
+    ("swapped", "no 'var'"), ("folder", "Is a directory"), ("heads", "width 48"),
+    ("absent", "no such folder"),
 ])
 def test_rae_files_that_are_missing_or_wrong_are_one_line(rae_files, tmp_path, what, named):
     if what == "repo":
         rae_files["repo"] = str(tmp_path)
     elif what == "entry":
         rae_files["encoder"] = "dinov2_vitx"
+    elif what == "swapped":
+        rae_files["statistics"] = rae_files["decoder_weights"]
+    elif what == "folder":
+        rae_files["decoder_weights"] = str(tmp_path)
+    elif what == "heads":
+        rae_files.pop("heads")
+    elif what == "absent":
+        rae_files["repo"] = str(tmp_path / "no where" / "dinov2")
     elif what.startswith("no "):
         key = {"encoder": "encoder_weights", "decoder": "decoder_weights"}.get(what[3:], "statistics")
         rae_files[key] = str(tmp_path / "nowhere.pt")

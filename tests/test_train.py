@@ -793,7 +793,8 @@ def test_inception_measures_are_those_of_the_written_images_for_any_number_of_pr
     torch.save(seeded_inception(), weights)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
     monkeypatch.setattr(fid, "INCEPTION_SHA256", digest)
-    flags = ["--evaluate", str(photos_run), "--count", "103", "--steps", "2", "--inception-weights",
+    monkeypatch.setattr(train.batches_of, "__defaults__", (10,))         # so that few images are many batches
+    flags = ["--evaluate", str(photos_run), "--count", "23", "--steps", "2", "--inception-weights",
              str(weights), "--metrics", "fid,is,pr,sfid,rfid", "--device", "cpu"]
     capsys.readouterr()
     assert main(flags) is None
@@ -803,7 +804,7 @@ def test_inception_measures_are_those_of_the_written_images_for_any_number_of_pr
     assert list(rows) == ["FID", "Inception Score", "its deviation", "precision", "recall",
                           "sFID (unchecked)", "rFID"]
 
-    sample.main(["--checkpoint", str(photos_run), "--out", str(tmp_path / "drawn"), "--count", "103",
+    sample.main(["--checkpoint", str(photos_run), "--out", str(tmp_path / "drawn"), "--count", "23",
                  "--steps", "2", "--singles"])
     (tmp_path / "drawn" / "samples.png").unlink()
     (tmp_path / "real").mkdir()
@@ -818,7 +819,8 @@ def test_inception_measures_are_those_of_the_written_images_for_any_number_of_pr
 
     script = tmp_path / "evaluate.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport fid, train\n"
-                      f"fid.INCEPTION_SHA256 = {digest!r}\ntrain.main()\n")
+                      f"fid.INCEPTION_SHA256 = {digest!r}\n"
+                      f"train.batches_of.__defaults__ = (10,)\ntrain.main()\n")
     result = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", script, *flags], timeout=120,
                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
@@ -862,7 +864,8 @@ def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
 def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluations(tmp_path, monkeypatch):
     """Evaluations after iterations 3, 6, 9, 12; a second run dies after its checkpoint of iteration 8."""
     preset = replace(LONGER, checkpoint_every=8)
-    every = dict(evaluate_every=3 * 8 / 1500, evaluation=train.Evaluation(count=20, steps=(1, 2)))
+    evaluation = train.Evaluation(count=20, steps=(1, 2), metrics=("pixels", "fid"), features="pixels")
+    every = dict(evaluate_every=3 * 8 / 1500, evaluation=evaluation)
     whole = train.train(preset, tmp_path / "whole", seed=1, **every).parent
     plain = train.train(preset, tmp_path / "plain", seed=1).parent
     names = ("model", "ema", "optimizer")
@@ -870,12 +873,12 @@ def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluation
             for run in (whole, plain)]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*flat))
     lines = [json.loads(line) for line in (whole / "evaluations.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["Fréchet distance"]["2 steps"] for line in lines}
+    scores = {line["step"]: line["FD (pixels)"]["2 steps"] for line in lines}
     assert list(scores) == [3, 6, 9, 12] and len(set(scores.values())) == 4
     best = read_checkpoint(whole / "best.pt")
     assert best["step"] == min(scores, key=scores.get)
-    again = evaluate(whole / "best.pt", count=20, steps=(1, 2))
-    assert again["Fréchet distance"]["2 steps"] == scores[best["step"]] == best["best"]["score"]
+    again = evaluate(whole / "best.pt", count=20, steps=(1, 2), metrics=("fid",), features="pixels")
+    assert again["FD (pixels)"]["2 steps"] == scores[best["step"]] == best["best"]["score"]
 
     def dies(path, checkpoint, save=train.save_checkpoint):
         if path.name == "last.pt" and checkpoint["step"] == 12:
@@ -890,6 +893,10 @@ def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluation
     assert read_checkpoint(tmp_path / "broken" / "best.pt")["step"] == best["step"]
     logs = [(run / "evaluations.jsonl").read_text() for run in (tmp_path / "broken", whole)]
     assert logs[0] == logs[1]
+    stored = {**read_checkpoint(whole / "last.pt"), "step": 8}
+    torch.save(stored, tmp_path / "broken" / "last.pt")
+    train.train(preset, tmp_path / "broken", seed=1, resume=True)       # without evaluations: keeps its best
+    assert read_checkpoint(tmp_path / "broken" / "last.pt")["best"] == stored["best"]
 
 
 def test_stored_statistics_of_the_training_images_replace_them(photos_run, folder, tmp_path, capsys):
@@ -920,7 +927,7 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
         places = [chosen[k][(first + i) // 10] for i, k in enumerate(y.tolist())]
         return torch.stack([data[place][0] for place in places]) / 127.5 - 1
 
-    monkeypatch.setattr(train, "generate", copies)
+    monkeypatch.setattr(train, "sampler", lambda model: copies)
     rows = evaluate(trained, count=1000, steps=(1,))
     assert rows["nearest"]["1 step"] < 0.01 and rows["judged right"]["1 step"] > 0.99
     assert rows["Fréchet distance"]["1 step"] < 0.5
@@ -953,6 +960,11 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--preset", "animal-faces", "--data", "no"], "cat/, dog/ and wild/"),
     (["--preset", "imagenet-l", "--data", "no"], "1,000 folders"),
     (["--preset", "fashion-mnist", "--data", "no"], "dataset-fashion-mnist"),
+    (["--preset", "digits-latent", "--image-size", "32"], "at 16 pixels, not digits at 32"),
+    (["--preset", "digits-latent", "--dataset", "fashion-mnist"], "is for digits"),
+    (["--evaluate-every", "1", "--steps", "0"], "--steps"),
+    (["--evaluate-every", "1", "--cfg", "2", "--no-conditional"], "conditional model"),
+    (["--evaluate-every", "1", "--reference", "r.npz"], "--metrics fid"),
     (["--tokenizer", "digits-latent"], "digits-latent"), (["--tokenizer", "nowhere.pt"], "nowhere.pt"),
     (["--preset", "digits-latent", "--noise-std", "-1"], "-1"), (["--distance", "l3"], "l3"),
     (["--preset", "digits-latent", "--noise-mapping", "cosine"], "cosine"), (["--gamma", "-1"], "-1"),
