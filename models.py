@@ -116,10 +116,11 @@ class SphereEncoder(nn.Module):
 
 
 def labels_or_null(batch, y, num_classes):
-    """Classes [B] of a batch; None becomes the null class for all of it."""
+    """Classes [B] of a batch; None becomes the null class for all of it. Floats [B, K + 1] are mixed classes:
+    how much of each class vector."""
     if y is None:
         return torch.full((len(batch),), num_classes, device=batch.device)
-    if y.shape != (len(batch),):
+    if y.shape not in ((len(batch),), (len(batch), num_classes + 1)):
         raise ValueError(f"expected one class per sample, [{len(batch)}], got {list(y.shape)}")
     return y
 
@@ -355,7 +356,8 @@ class ClassTable(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y):
-        return self.embedding_table(y)[:, None]                                             # [B, 1, D]
+        vectors = y @ self.embedding_table.weight if y.is_floating_point() else self.embedding_table(y)
+        return vectors[:, None]                                                             # [B, 1, D]
 
 
 class Mixer(nn.Module):

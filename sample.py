@@ -1,7 +1,11 @@
-"""Sampling: Algorithm 1 of both papers, with guidance. SE Sec. 2.4, 6, App. C.1; SLE Sec. 4.4.
+"""Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1; SLE Sec. 4.4.
 
     python sample.py --checkpoint out/digits/last.pt --out out/samples --steps 4
     python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --cfg 1.5 --singles
+    python sample.py interpolate --out out/lines --classes 3,8 --frames 9 --gif
+    python sample.py crossover --out out/cross --images a.png b.png --mask diagonal
+
+A first word says what to draw, generate if there is none; `python sample.py WORD --help` lists its options.
 """
 
 import argparse
@@ -18,10 +22,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from fid import to_uint8
+from fid import read_image, to_uint8
 from models import (RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config,
                     weights_digest)
-from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
+from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule
 
 POSITIONS = ("encoder", "decoder", "combo")
 KINDS = {"sphere-encoder": SphereEncoder, "sphere-latent-encoder": SiT}
@@ -50,6 +54,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
               (two draws), and a decay of gamma 1 ends at 1 / T
     returns   [B, 3, H, W] in [-1, 1], on the model's device
 
+    y may also be mixed classes, floats [B, K + 1]: how much of each class vector; see interpolate.
     Raises ValueError for a class, step count, scale, angle, seed or noise out of range.
     """
     y = _checked_classes(model, y)
@@ -57,21 +62,25 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
     r = step_schedule(steps, gamma, official)
     e = _noise_of_steps(model, y, steps, shared, official, seed, first, e)                    # [T, B, N, d]
-
-    def guided(network, inputs, s):
-        output = network(inputs, y)
-        if s == 1:
-            return output
-        null = network(inputs, None)
-        return null + s * (output - null)
-
     v = spherify(e[0])
-    x = guided(model.decode, v, s_decoder).clamp(-1, 1)     # the clamp after guidance is the official code's
+    x = _guided(model.decode, v, y, s_decoder).clamp(-1, 1)     # as the official code clamps after guidance
     for t in range(2, steps + 1):
-        z = guided(model.encode, x, s_encoder)
-        v = add_noise(spherify(z), r[t - 2].item() * sigma_max, e[t - 1])
-        x = guided(model.decode, v, s_decoder).clamp(-1, 1)
+        x = _pass(model, x, y, r[t - 2].item() * sigma_max, e[t - 1], s_encoder, s_decoder)
     return x
+
+
+def _pass(model, x, y, sigma, e, s_encoder=1, s_decoder=1):
+    """One step of SE Alg. 1 from an image: encode, project, add noise, decode."""
+    v = add_noise(spherify(_guided(model.encode, x, y, s_encoder)), sigma, e)
+    return _guided(model.decode, v, y, s_decoder).clamp(-1, 1)
+
+
+def _guided(network, inputs, y, s):
+    output = network(inputs, y)
+    if s == 1:
+        return output
+    null = network(inputs, None)
+    return null + s * (output - null)
 
 
 @torch.no_grad()
@@ -100,10 +109,7 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=None, shar
     z = e[0]                                                # line 2
     for t in range(1, steps + 1):
         v = spherify(z)                                     # line 5
-        z_hat = denoiser(v, y)                              # line 6
-        if cfg != 1:
-            null = denoiser(v, None)
-            z_hat = null + cfg * (z_hat - null)
+        z_hat = _guided(denoiser, v, y, cfg)                # line 6
         if t < steps:
             sigma = r[t - 1].item() * sigma_max             # line 7
             z = spherify(z_hat) + sigma * e[t]              # lines 9 and 10
@@ -128,9 +134,138 @@ def reconstruct(model, x, y=None):
     return model.decode(spherify(model.encode(x, y)), y)
 
 
+# ---- Editing -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, first=0, **options):
+    """Images between random points of the sphere: of a line, or of a square between four corners. SE Fig. 6.
+
+    model    SphereEncoder, or SiT with a tokenizer
+    y        [C] classes of the C corners; corner k begins at the noise of sample first + k of the seed
+    mixing   [F, C] how much of each corner is in a frame; rows sum to 1. See line and square
+    spherical  go along the great circle through two corners (C = 2) instead of the chord, at constant speed;
+             classes are mixed linearly in any case
+    options  as in generate or generate_latent, but for shared and e
+    returns  [F, 3, H, W] in [-1, 1]
+
+    Noise and class vectors are mixed, so that a frame of one corner alone begins at that corner's point. The
+    noise of later steps is that of corner 0 in every frame: frames differ by latent and class only.
+    Raises ValueError for numbers of corners that do not fit, and as generate does.
+    """
+    y = _checked_classes(model, y)
+    mixing = torch.as_tensor(mixing, dtype=torch.float32)                                          # [F, C]
+    if mixing.ndim != 2 or mixing.shape[1] != len(y) or spherical and len(y) != 2:
+        raise ValueError(f"mixing must be [frames, corners] with one class per corner"
+                         f"{' and two corners on a great circle' if spherical else ''}, got "
+                         f"{list(mixing.shape)} and {len(y)} classes")
+    e = sample_noise(seed, first, len(y), model.latent_shape)[0]                                # [C, N, d]
+    if spherical:
+        v0, v1 = (spherify(corner).expand(len(mixing), -1, -1) for corner in e.split(1))
+        start = slerp(v0, v1, mixing[:, 1])
+    else:
+        start = torch.einsum("fc,cnd->fnd", mixing, e)
+    later = e[:1].expand(steps - 1, len(mixing), -1, -1)
+    classes = torch.nn.functional.one_hot(y, model.num_classes + 1).float()                     # [C, K + 1]
+    return sampler(model)(model, mixing.to(y.device) @ classes, steps, cfg, shared=False,
+                          e=torch.cat([start[None], later]), **options)
+
+
+def line(frames):
+    """Mixing [frames, 2] of two corners at equal steps, both ends included."""
+    weight = torch.linspace(0, 1, frames)[:, None]
+    return torch.cat([1 - weight, weight], dim=1)
+
+
+def square(side):
+    """Bilinear mixing [side^2, 4] of the corners top left, top right, bottom left, bottom right, by rows."""
+    along = line(side)
+    return torch.einsum("ra,cb->rcab", along, along).reshape(side * side, 4)
+
+
+@torch.no_grad()
+def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=True, position="combo", seed=0,
+         first=0):
+    """Pass images T times through encoder and decoder, with noise. SE Sec. 5.
+
+    model    SphereEncoder
+    x        [B, 3, H, W] in [-1, 1]
+    y        [B] classes to decode (and encode) to
+    steps    T passes; one pass is an edit of x already
+    r        relative strength of the noise, of the largest angle; it falls as r step_schedule(T + 1, gamma)
+    others   as in generate
+    returns  [T + 1, B, 3, H, W]: x, and the image after every pass
+    Raises ValueError as generate does, and for r outside [0, 1] or another shape of x.
+    """
+    y = _checked_classes(model, y)
+    if not isinstance(model, SphereEncoder):
+        raise ValueError("editing passes images through encoder and decoder at every step: it needs the "
+                         "checkpoint of a Sphere Encoder")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
+    if not 0 <= r <= 1:
+        raise ValueError(f"r must lie in [0, 1], got {r}")
+    if list(x.shape) != [len(y), 3, *model.image_size]:
+        raise ValueError(f"expected images [{len(y)}, 3, {model.image_size[0]}, {model.image_size[1]}], got "
+                         f"{list(x.shape)}")
+    scales = _guidance_scales(cfg, position, conditional=model.num_classes > 0)
+    sigmas = r * angle_to_sigma(model.alpha_max if alpha is None else alpha) * step_schedule(steps + 1, gamma)
+    e = _noise_of_steps(model, y, steps, shared, False, seed, first, None)                    # [T, B, N, d]
+    images = [x.to(y.device)]
+    for sigma, noise in zip(sigmas.tolist(), e):
+        images.append(_pass(model, images[-1], y, sigma, noise, *scales))
+    return torch.stack(images)
+
+
+def manipulate(model, x, classes, steps=4, **options):
+    """An image from outside the data, drawn as each of several classes: r = 1, gamma = 0. SE Sec. 5, Fig. 8.
+
+    x        [3, H, W] in [-1, 1];  classes  [C];  options  as in edit
+    returns  [T + 1, C, 3, H, W]: the image, and what it became after every pass
+    """
+    classes = torch.as_tensor(classes)
+    return edit(model, x.expand(len(classes), -1, -1, -1), classes, steps, **options)
+
+
+def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma=1.0, **options):
+    """Two images stitched together, then passed through the model until they are one. SE Sec. 5, Fig. 9.
+
+    a, b     [B, 3, H, W] in [-1, 1]
+    y        [B] classes; None is the null class
+    mask     a name of stitching_mask, or [H, W] in [0, 1]: 1 where a is taken
+    options  as in edit, whose r and gamma are the paper's here
+    returns  [T + 1, B, 3, H, W]: the stitched image, and what it became after every pass
+    """
+    if isinstance(mask, str):
+        mask = stitching_mask(mask, *a.shape[-2:])
+    if mask.shape != a.shape[-2:]:
+        raise ValueError(f"the mask must be {list(a.shape[-2:])}, got {list(mask.shape)}")
+    mask = mask.to(a)
+    y = torch.full((len(a),), model.num_classes) if y is None else y
+    return edit(model, mask * a + (1 - mask) * b, y, steps, r=r, gamma=gamma, **options)
+
+
+MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")
+
+
+def stitching_mask(name, H, W):
+    """Mask [H, W], 1 in the first half: left, top, below the diagonal, or above the other one.
+
+    Raises ValueError for a name that is not in MASKS.
+    """
+    if name not in MASKS:
+        raise ValueError(f"a mask is one of {', '.join(MASKS)} or an image file, got {name!r}")
+    row, column = (torch.arange(H)[:, None] + 0.5) / H, (torch.arange(W)[None] + 0.5) / W
+    inside = {"left-right": column < 0.5 + 0 * row, "top-bottom": row < 0.5 + 0 * column,
+              "diagonal": row > column, "anti-diagonal": row + column < 1}
+    return inside[name].float()
+
+
 def _checked_classes(model, y):
     device, K = next(model.parameters()).device, model.num_classes
     y = torch.as_tensor(y, device=device)
+    if y.ndim == 2 and y.is_floating_point() and y.shape[1] == K + 1:
+        return y                                            # mixed classes
     if y.ndim != 1 or len(y) < 1 or y.is_floating_point() or not bool(((y >= 0) & (y <= K)).all()):
         raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
     return y
@@ -327,6 +462,26 @@ def steps_label(T):
     return f"{T} step{'s' * (T > 1)}"
 
 
+def image_transform(size):
+    """Transform of a PIL image to uint8 [3, H, W]: shorter side resized (bicubic), centre cropped."""
+    from torchvision import transforms
+    return transforms.Compose([
+        transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size),
+        transforms.PILToTensor(),
+    ])
+
+
+def open_images(paths, size):
+    """Image files of any kind and size -> [B, 3, H, W] in [-1, 1]; see image_transform and fid.read_image."""
+    side = max(size)
+    transform = image_transform(side)
+    images = torch.stack([transform(read_image(path)) for path in paths])
+    H, W = size
+    top, left = (side - H) // 2, (side - W) // 2
+    return images[..., top:top + H, left:left + W].float() / 127.5 - 1
+
+
 def to_pil(x):
     """One image [3, H, W] in [-1, 1] -> PIL image."""
     return Image.fromarray(to_uint8((x + 1) / 2).permute(1, 2, 0).cpu().numpy())
@@ -379,85 +534,125 @@ def class_list(text):
     return [int(word) for word in text.split(",")]
 
 
+OPTIONS = {
+    "--count": dict(type=int, default=80, help="number of images"),
+    "--classes": dict(type=class_list, help="classes in turn, e.g. 3,5; K is the null class (default all)"),
+    "--class": dict(type=int, dest="klass", metavar="CLASS", help="(default: the null class)"),
+    "--images": dict(nargs="+", metavar="FILE", required=True, help="image files of any kind and size"),
+    "--mask": dict(default=MASKS[0], help=f"{', '.join(MASKS)}, or an image file, white where the first "
+                                          f"image is taken"),
+    "--rows": dict(type=int, default=5, help="number of lines, one below the other"),
+    "--frames": dict(type=int, default=8, help="images per line, or per side of the square"),
+    "--square": dict(action="store_true", help="bilinearly between four points"),
+    "--spherical": dict(action="store_true", help="along great circles instead of chords"),
+    "--gif": dict(action="store_true", help="also as an animation"),
+    "--steps": dict(type=int, default=4, help="T of Algorithm 1, or passes of an edit"),
+    "--cfg": dict(type=float, default=1.0, help="guidance scale, 1 = off"),
+    "--position": dict(choices=POSITIONS, help="where a Sphere Encoder is guided (default combo)"),
+    "--r": dict(type=float, help="strength of the noise, 0 to 1 (default crossover 0.25, manipulate 1)"),
+    "--gamma": dict(type=float, help="decay of the noise, Eq. 13; 0 = fixed (default crossover 1, else 0; "
+                                     "Sphere Latent Encoder: as the preset says)"),
+    "--fresh": dict(action=argparse.BooleanOptionalAction,
+                    help="fresh noise at every step instead of the same one (default likewise)"),
+    "--alpha": dict(type=float, help="degrees, largest noise angle (default: the training's)"),
+    "--project-last": dict(action="store_true",
+                           help="Sphere Latent Encoder: project the last prediction before it is decoded"),
+    "--official": dict(action="store_true", help="share noise from step 2 on, end the decay at 1/T: as the "
+                                                 "official code does"),
+    "--singles": dict(action="store_true", help="also write every image as a PNG of its own size"),
+    "--batch-size": dict(type=int, default=100, help="images at a time"),
+}
+HOW = "--steps --cfg --position --gamma --alpha"
+
+
 def main(argv=None):
-    parser = Parser("sample.py", __doc__)
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--checkpoint", default="out/digits/last.pt",
-                      help="written by train.py (default %(default)s)")
-    what.add_argument("--config", help="cfg.json of the official code, for a checkpoint of its own")
-    what.add_argument("--count", type=int, default=80, help="number of images (default %(default)s)")
-    what.add_argument("--classes", type=class_list,
-                      help="classes in turn, e.g. 3,5; K is the null class (default all)")
-    what.add_argument("--seed", type=int, default=0,
-                      help="image i depends on (seed, i) alone (default %(default)s)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=int, default=4, help="T of Algorithm 1 (default %(default)s)")
-    how.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (default %(default)s)")
-    how.add_argument("--position", choices=POSITIONS,
-                     help="where a Sphere Encoder is guided (default combo)")
-    how.add_argument("--gamma", type=float, help="decay of the noise, Eq. 13; 0 = fixed (default 0; Sphere "
-                                                 "Latent Encoder: as the preset says)")
-    how.add_argument("--fresh", action=argparse.BooleanOptionalAction,
-                     help="fresh noise at every step instead of the same one (default likewise)")
-    how.add_argument("--project-last", action="store_true",
-                     help="Sphere Latent Encoder: project the last prediction before it is decoded")
-    how.add_argument("--official", action="store_true",
-                     help="share noise from step 2 on, end the decay at 1/T: as the official code does")
-    how.add_argument("--alpha", type=float, help="degrees, largest noise angle (default: the training's)")
-    how.add_argument("--ema", action=argparse.BooleanOptionalAction,
-                     help="averaged weights (default as the preset says)")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    word = argv.pop(0) if argv and argv[0] in WORDS else "generate"
+    draw, options, about = WORDS[word]
+    parser = Parser("sample.py", f"{__doc__}\n{word}: {about}\n")
+    parser.add_argument("--checkpoint", default="out/digits/last.pt",
+                        help="written by train.py (%(default)s)")
+    parser.add_argument("--config", help="cfg.json of the official code, for a checkpoint of its own")
+    parser.add_argument("--out", default="out/samples", help="folder for the pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="image i depends on (seed, i) alone (%(default)s)")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction,
+                        help="averaged weights (default as the preset says)")
+    parser.add_argument("--device", help="default cuda if there is one, else cpu")
+    for name in options.split():
+        settings = dict(OPTIONS[name])
+        if "default" in settings:
+            settings["help"] += " (%(default)s)"
+        parser.add_argument(name, **settings)
+    if word == "crossover":
+        parser.set_defaults(steps=10)
     add_rae_options(parser)
-    out = parser.add_argument_group("output")
-    out.add_argument("--out", default="out/samples", help="folder for the pictures (default %(default)s)")
-    out.add_argument("--singles", action="store_true", help="also write every image as a PNG of its own size")
-    out.add_argument("--batch-size", type=int, default=100, help="images at a time (default %(default)s)")
-    out.add_argument("--device", help="default cuda if there is one, else cpu")
     args = parser.parse_args(argv)
     try:
-        draw_samples(args)
+        for name in ("count", "batch_size", "rows", "frames"):
+            if getattr(args, name, 1) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        out = Path(args.out)
+        if any(any(out.glob(name)) for name in ("samples.png", "samples.gif", "[0-9]*.png")):
+            raise ValueError(f"{out} already holds samples; choose another --out, or remove them")
+        model = load(args.checkpoint, pick_device(args.device), args.ema, args.config,
+                     rae_arguments(vars(args)))
+        draw(args, model, out)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; what {args.out} holds is incomplete\n")
 
 
-def draw_samples(args):
-    if args.count < 1 or args.batch_size < 1:
-        raise ValueError(f"--count and --batch-size must be at least 1, "
-                         f"got {args.count} and {args.batch_size}")
-    out = Path(args.out)
-    grid = out / "samples.png"
-    if grid.exists() or (args.singles and any(out.glob("[0-9]*.png"))):
-        raise ValueError(f"{out} already holds samples; choose another --out, or remove them")
-    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config, rae_arguments(vars(args)))
-    K = model.num_classes
-    options = {"alpha": args.alpha, "gamma": args.gamma, "position": args.position,
-               "shared": None if args.fresh is None else not args.fresh,
-               "project_last": args.project_last or None}
+def options_for(function, args):
+    """The options that were given, as arguments of a function; refuses one that it does not take."""
+    fresh = getattr(args, "fresh", None)
+    options = {name: getattr(args, name, None) for name in ("alpha", "gamma", "position", "r")}
+    options |= {"shared": None if fresh is None else not fresh,
+                "project_last": getattr(args, "project_last", None) or None,
+                "official": getattr(args, "official", None) or None}
     options = {name: value for name, value in options.items() if value is not None}
-    for name in options.keys() - signature(sampler(model)).parameters.keys():
-        raise ValueError(f"--{name.replace('_', '-')} is no option of {type(model).__name__}, of which "
-                         f"{args.checkpoint} is a checkpoint; drop it")
+    for name in options.keys() - signature(function).parameters.keys():
+        raise ValueError(f"--{name.replace('_', '-')} is no option for the kind of model that "
+                         f"{args.checkpoint} holds; drop it")
+    return {"seed": args.seed, **options}
+
+
+def classes_of(args, model):
+    """The classes given, or all."""
+    K = model.num_classes
     if args.classes and not K:
         raise ValueError(f"--classes: {args.checkpoint} is an unconditional model")
     classes = args.classes or list(range(max(K, 1)))
     if not all(0 <= c <= K for c in classes):
-        raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), "
-                         f"got {args.classes}")
+        raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), got {classes}")
+    return classes
+
+
+def names_of(model):
+    return [*model.class_names, "null"] if model.num_classes else [""]
+
+
+def write(image, path, what):
+    path.parent.mkdir(parents=True, exist_ok=True)      # only now: a bad option leaves no folder behind
+    image.save(path)
+    print(f"{path}: {what}")
+
+
+def draw_samples(args, model, out):
+    classes, names, options = classes_of(args, model), names_of(model), options_for(sampler(model), args)
     # Balanced, and y[i] depends on i alone.
     y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])
-
     shown = []
     for start in tqdm(range(0, args.count, args.batch_size), desc="sampling", unit="batch", disable=None):
-        x = sampler(model)(model, y[start:start + args.batch_size], args.steps, args.cfg, seed=args.seed,
-                           first=start, official=args.official, **options).cpu()
-        out.mkdir(parents=True, exist_ok=True)          # only now: a bad option leaves no folder behind
+        x = sampler(model)(model, y[start:start + args.batch_size], args.steps, args.cfg, first=start,
+                           **options).cpu()
         if args.singles:
+            out.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(x):
                 to_pil(image).save(out / f"{start + k:06d}.png")
         shown.extend(x[:max(0, 256 - len(shown))])                            # a grid of more is not readable
 
-    names = [*model.class_names, "null"] if K else [""]
     title = f"{steps_label(args.steps)}, cfg {args.cfg:g}, seed {args.seed}"
     by_class = 1 < len(classes) <= 16                                    # then a row per class, else captions
     columns = min(len(shown), len(classes) if by_class else math.ceil(math.sqrt(len(shown))))
@@ -467,11 +662,101 @@ def draw_samples(args):
         drawn = picture({title: images.transpose(0, 1)}, row_names=[names[c] for c in classes[:columns]])
     else:
         captions = [names[c] for c in y[:len(shown)].tolist()] + [""] * len(white)
-        drawn = picture({title: images}, captions=captions if K else None)
-    drawn.save(grid)
-    print(f"{grid}: {len(shown)} of {args.count} samples")
+        drawn = picture({title: images}, captions=captions if model.num_classes else None)
+    write(drawn, out / "samples.png", f"{len(shown)} of {args.count} samples")
     if args.singles:
         print(f"{out}/000000.png .. {args.count - 1:06d}.png: one file per sample")
+
+
+def draw_schemes(args, model, out):
+    classes, options = classes_of(args, model), options_for(sampler(model), args)
+    y = torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
+    panels = {f"{decay}, {noise}": torch.stack(
+        [sampler(model)(model, y, T, args.cfg, gamma=gamma, shared=shared, **options)
+         for T in range(1, args.steps + 1)], dim=1)
+        for decay, gamma in (("fixed", 0.0), ("decaying", 1.0))
+        for noise, shared in (("shared", True), ("fresh", False))}
+    drawn = picture(panels, [names_of(model)[c] for c in y.tolist()])
+    write(drawn, out / "samples.png", f"a column per number of steps, 1 to {args.steps}")
+
+
+def draw_interpolations(args, model, out):
+    classes, options = classes_of(args, model), options_for(sampler(model), args)
+    corners = 4 if args.square else 2
+    mixing = square(args.frames) if args.square else line(args.frames)
+    lines = []
+    for row in range(1 if args.square else args.rows):
+        y = torch.tensor([classes[(corners * row + k) % len(classes)] for k in range(corners)])
+        lines.append(interpolate(model, y, mixing, args.steps, args.cfg, spherical=args.spherical,
+                                 first=corners * row, **options).cpu())
+    images = lines[0].unflatten(0, (args.frames, args.frames)) if args.square else torch.stack(lines)
+    write(picture({f"{steps_label(args.steps)}, seed {args.seed}": images}), out / "samples.png",
+          "between the corners" if args.square else "from left to right, a line per row")
+    if args.gif:
+        size = [side * max(1, round(96 / max(model.image_size))) for side in model.image_size[::-1]]
+        frames = [to_pil(image).resize(size, Image.NEAREST) for image in torch.cat(lines)]
+        frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
+        print(f"{out / 'samples.gif'}: {len(frames)} frames")
+
+
+def class_given(args, model, count):
+    if args.klass is None:
+        return None
+    if not 0 <= args.klass <= model.num_classes or not model.num_classes:
+        raise ValueError(f"--class must be a number from 0 to {model.num_classes} of a conditional model, "
+                         f"got {args.klass}")
+    return torch.full((count,), args.klass, device=next(model.parameters()).device)
+
+
+def draw_reconstructions(args, model, out):
+    x = open_images(args.images, model.image_size).to(next(model.parameters()).device)
+    again = reconstruct(model, x, class_given(args, model, len(x)))
+    write(picture({"": torch.stack([x, again])}, ["original", "reconstruction"]), out / "samples.png",
+          f"{len(x)} images and their reconstructions")
+
+
+def draw_crossover(args, model, out):
+    if len(args.images) != 2:
+        raise ValueError(f"--images: a crossover needs two images, got {len(args.images)}")
+    a, b = open_images(args.images, model.image_size).split(1)
+    mask = args.mask
+    if mask not in MASKS and Path(mask).exists():
+        mask = (open_images([mask], model.image_size)[0].mean(0) + 1) / 2
+    steps = crossover(model, a, b, class_given(args, model, 1), args.steps, mask, cfg=args.cfg,
+                      **options_for(edit, args)).cpu()
+    panels = {"A and B": torch.stack([a, b], dim=1), "stitched": steps[:1].transpose(0, 1),
+              f"after 1 to {args.steps} passes": steps[1:].transpose(0, 1)}
+    write(picture(panels), out / "samples.png", "the two images, and a column per pass")
+
+
+def draw_manipulations(args, model, out):
+    classes = classes_of(args, model)
+    x = open_images(args.images[:1], model.image_size)[0]
+    if len(args.images) != 1 or not model.num_classes:
+        raise ValueError(f"manipulate needs one image and a conditional model, got {len(args.images)} and "
+                         f"{model.num_classes} classes")
+    steps = manipulate(model, x, classes, args.steps, cfg=args.cfg, **options_for(edit, args)).cpu()
+    panels = {"image": steps[0][:, None], f"after 1 to {args.steps} passes": steps[1:].transpose(0, 1)}
+    write(picture(panels, [names_of(model)[c] for c in classes]), out / "samples.png",
+          "a row per class, a column per pass")
+
+
+WORDS = {
+    "generate": (draw_samples,
+                 f"--count --classes {HOW} --fresh --project-last --official --singles --batch-size",
+                 "images from random points, SE and SLE Alg. 1"),
+    "reconstruct": (draw_reconstructions, "--images --class",
+                    "images above what one trip through encoder and decoder makes of them, without noise"),
+    "interpolate": (draw_interpolations,
+                    f"--classes --rows --frames --square --spherical --gif {HOW} --project-last",
+                    "images between random points, their classes mixed too, SE Fig. 6"),
+    "crossover": (draw_crossover, f"--images --class --mask --r {HOW} --fresh",
+                  "two images stitched together, and what they become pass by pass, SE Fig. 9"),
+    "manipulate": (draw_manipulations, f"--images --classes --r {HOW} --fresh",
+                   "an image decoded to each of several classes, pass by pass, SE Fig. 8"),
+    "schemes": (draw_schemes, "--count --classes --steps --cfg --position --alpha --project-last",
+                "the same points under fixed and decaying, shared and fresh noise, SE Table 6"),
+}
 
 
 if __name__ == "__main__":

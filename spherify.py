@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 from numpy.random import Generator, Philox
+from torch.nn import functional as F
 
 MAPPINGS = ("sigma", "angle")
 
@@ -56,6 +57,21 @@ def add_noise(v, sigma, e):
     with torch.autocast(v.device.type, enabled=False):
         v_float = at_least_float32(v)
         return spherify(v_float + sigma * e.to(v_float.dtype)).to(v.dtype)
+
+
+def slerp(v0, v1, weight):
+    """Points of the great circle through v0 and v1, at equal angles for equal steps of the weight.
+
+    v0, v1   [B, ...]      points of the sphere; whole latents, not token by token
+    weight   float or [B]  0 gives v0, 1 gives v1
+    returns  [B, ...]      norm sqrt(L)
+
+    (Points that are opposite, or the same, have no such circle; random ones never are.)
+    """
+    broad = [-1] + [1] * (v0.ndim - 1)
+    weight = torch.as_tensor(weight, dtype=v0.dtype, device=v0.device).reshape(broad)
+    angle = F.cosine_similarity(v0.flatten(1), v1.flatten(1)).acos().reshape(broad)          # [B, 1, ...]
+    return (((1 - weight) * angle).sin() * v0 + (weight * angle).sin() * v1) / angle.sin()
 
 
 def angle_to_sigma(alpha):

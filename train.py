@@ -38,9 +38,9 @@ from fid import (CONVENTIONS, FEATURES_HELP, METRICS, Extracted, check_metrics, 
 from losses import (DISTANCES, LATENT_WEIGHT_NAMES, PERCEPTUAL, WEIGHT_NAMES, perceptual_distance,
                     sphere_encoder_loss, sphere_latent_loss)
 from models import RAE, RAEBlock, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, Transformer, weights_digest
-from sample import (RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, load, pick_device, picture,
-                    rae_arguments, read_checkpoint, reconstruct, sampler, save_checkpoint, steps_label,
-                    stored_tokenizer)
+from sample import (RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, image_transform, load,
+                    pick_device, picture, rae_arguments, read_checkpoint, reconstruct, sampler, save_checkpoint,
+                    steps_label, stored_tokenizer)
 from spherify import MAPPINGS, logit_normal_sigmas, uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
@@ -332,14 +332,9 @@ class ImageFiles(Dataset):
     """Image files with their classes: the shorter side is resized to `size` (bicubic), the centre cropped."""
 
     def __init__(self, samples, size):
-        from torchvision import transforms
         self.size = size
         self.paths, self.targets = zip(*samples)
-        self.transform = transforms.Compose([
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ])
+        self.transform = image_transform(size)
 
     def __len__(self):
         return len(self.paths)

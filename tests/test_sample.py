@@ -509,3 +509,120 @@ def test_options_of_the_other_model_are_refused_in_one_line(
     with pytest.raises(SystemExit) as exit:
         main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "a"), *flags])
     assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ") and not (tmp_path / "a").exists()
+
+
+# ---- editing ----
+
+
+def corners(model, count=2, seed=5):
+    return sample_noise(seed, 0, count, model.latent_shape)[0]
+
+
+@pytest.mark.parametrize("kind", ["model", "denoiser"])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_ends_of_an_interpolation_are_its_corners_and_frames_share_later_noise(kind, spherical, request):
+    """With the noise of later steps given: that of corner 0 in every frame."""
+    net = request.getfixturevalue(kind)
+    draw, y, e = sample.sampler(net), torch.tensor([0, 3]), corners(net)
+    x = sample.interpolate(net, y, sample.line(5), 3, spherical=spherical, seed=5)
+    for frame, k in ((0, 0), (4, 1)):
+        noise = torch.stack([e[k:k + 1], e[:1], e[:1]])
+        end = draw(net, y[k:k + 1], 3, shared=False, e=noise)
+        torch.testing.assert_close(x[frame:frame + 1], end, rtol=1e-4, atol=1e-5)
+    assert (x[1:] - x[:-1]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_the_middle_of_a_line_mixes_noise_and_class_vectors_linearly(model):
+    e = corners(model)
+    x = sample.interpolate(model, torch.tensor([0, 3]), sample.line(3), 1, seed=5)[1]
+    tables = [network.y_embedder.embedding_table.weight for network in (model.encoder, model.decoder)]
+    for table in tables:
+        table.data[4] = (table[0] + table[3]) / 2                           # the mixture, as the null class
+    torch.testing.assert_close(x[None], model.decode(spherify((e[:1] + e[1:]) / 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_square_is_bilinear_between_its_four_corners():
+    mixing = sample.square(3).view(3, 3, 4)
+    assert torch.equal(mixing[[0, 0, 2, 2], [0, 2, 0, 2]], torch.eye(4))
+    assert mixing[1, 1].tolist() == [0.25] * 4 and mixing[0, 1].tolist() == [0.5, 0.5, 0, 0]
+    torch.testing.assert_close(mixing.sum(-1), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("mixing, spherical", [(sample.line(3), False), (torch.rand(2), False),
+                                               (sample.square(2)[:, :3], True)])
+def test_corners_that_do_not_fit_the_mixing_are_named(model, mixing, spherical):
+    with pytest.raises(ValueError, match="one class per corner"):
+        sample.interpolate(model, torch.tensor([0, 1, 2]), mixing, 1, spherical=spherical)
+
+
+def photo(model, batch=2, seed=0):
+    return torch.rand(batch, 3, *model.image_size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_an_edit_is_its_passes_written_out(model):
+    x, y, e, sigma_max = photo(model), torch.tensor([1, 2]), corners(model), angle_to_sigma(model.alpha_max)
+    images = sample.edit(model, x, y, 3, r=0.5, gamma=1.0, seed=5)
+    assert images.shape == (4, 2, 3, 12, 20) and torch.equal(images[0], x)
+    for t, share in enumerate((2 / 3, 1 / 3, 0.0)):                         # step_schedule(4, 1)
+        v = add_noise(spherify(model.encode(images[t], y)), 0.5 * share * sigma_max, e)
+        torch.testing.assert_close(images[t + 1], model.decode(v, y), rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_without_noise_is_the_reconstruction_of_the_input_and_no_random_sample(model):
+    x, y = photo(model), torch.tensor([1, 2])
+    images = [sample.edit(model, x, y, 1, r=0.0, seed=seed)[1] for seed in (0, 1)]
+    assert torch.equal(*images)
+    torch.testing.assert_close(images[0], reconstruct(model, x, y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    dict(r=0.5), dict(gamma=1.0), dict(alpha=60.0), dict(shared=False), dict(seed=1), dict(cfg=2.0),
+    dict(cfg=2.0, position="encoder"), dict(y=torch.tensor([2, 1])), dict(first=3),
+])
+def test_every_option_of_an_edit_changes_it(model, change):
+    base = dict(x=photo(model), y=torch.tensor([1, 2]), steps=4)
+    one, two = (sample.edit(model, **options)[-1] for options in (base, {**base, **change}))
+    assert (one - two).abs().max() > 1e-4
+
+
+def test_manipulation_draws_one_image_as_every_class_at_full_noise(model):
+    x = photo(model, 1)[0]
+    images = sample.manipulate(model, x, [0, 3], 2, seed=5)
+    expected = sample.edit(model, torch.stack([x, x]), torch.tensor([0, 3]), 2, r=1.0, gamma=0.0, seed=5)
+    assert torch.equal(images, expected) and images.shape[:2] == (3, 2)
+    assert (images[1, 0] - images[1, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name, here", [
+    ("left-right", lambda row, column: column < 0.5), ("top-bottom", lambda row, column: row < 0.5),
+    ("diagonal", lambda row, column: row > column), ("anti-diagonal", lambda row, column: row + column < 1),
+])
+def test_a_crossover_begins_with_its_stitched_image_and_ends_elsewhere(model, name, here):
+    a, b = photo(model), photo(model, seed=1)
+    images = sample.crossover(model, a, b, torch.tensor([1, 2]), 2, mask=name, seed=5)
+    for i, j in ((0, 0), (0, 19), (11, 0), (11, 19), (5, 3), (2, 15)):
+        source = a if here((i + 0.5) / 12, (j + 0.5) / 20) else b
+        assert torch.equal(images[0, :, :, i, j], source[:, :, i, j])
+    expected = sample.edit(model, images[0], torch.tensor([1, 2]), 2, r=0.25, gamma=1.0, seed=5)
+    torch.testing.assert_close(images, expected)
+    null = sample.crossover(model, a, b, None, 2, mask=name)
+    assert torch.equal(null, sample.crossover(model, a, b, torch.tensor([4, 4]), 2, mask=name))
+
+
+@pytest.mark.parametrize("call, named", [
+    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 2]), 0), "steps"),
+    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 2]), 1, r=1.5), "1.5"),
+    (lambda m: sample.edit(m, photo(m)[:, :, 1:], torch.tensor([1, 2]), 1), "[2, 3, 11, 20]"),
+    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 9]), 1), "[1, 9]"),
+    (lambda m: sample.crossover(m, photo(m), photo(m), mask="round"), "'round'"),
+    (lambda m: sample.crossover(m, photo(m), photo(m), mask=torch.ones(3, 3)), "[3, 3]"),
+])
+def test_edits_that_cannot_be_are_named(model, call, named):
+    with pytest.raises(ValueError) as error:
+        call(model)
+    assert named in str(error.value)
+
+
+def test_a_denoiser_edits_no_images(denoiser):
+    with pytest.raises(ValueError, match="checkpoint of a Sphere Encoder"):
+        sample.edit(denoiser, photo(denoiser), torch.tensor([1, 2]), 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, spherify,
+from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, slerp, spherify,
                       step_schedule, uniform_sigmas)
 
 SHAPES = [(3, 7), (2, 5, 3), (4, 256, 8), (2, 3, 4, 5), (1, 1024, 64)]
@@ -291,3 +291,18 @@ def test_bad_input_is_a_value_error_that_names_the_value(call, named):
     with pytest.raises(ValueError) as error:
         call()
     assert named in str(error.value)
+
+
+def test_slerp_keeps_the_radius_and_turns_at_constant_speed_around_the_whole_sphere():
+    v0, v1 = spherify(normal(3, 5, 7)), spherify(normal(3, 5, 7, seed=1))
+    points = [slerp(v0, v1, w) for w in torch.linspace(0, 1, 6)]
+    torch.testing.assert_close(points[0], v0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(points[-1], v1, rtol=1e-4, atol=1e-5)
+    for point in points:
+        torch.testing.assert_close(point.flatten(1).norm(dim=1), torch.full((3,), math.sqrt(35)))
+    angle = lambda a, b: torch.cosine_similarity(a.flatten(1), b.flatten(1)).acos()
+    for a, b in zip(points, points[1:]):
+        torch.testing.assert_close(angle(a, b), angle(v0, v1) / 5, rtol=1e-3, atol=1e-4)
+    assert (points[2].norm(dim=2) - v0.norm(dim=2)).abs().max() > 0.01      # no token keeps its own radius
+    weights = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(slerp(v0, v1, weights)[1], slerp(v0, v1, 0.5)[1])
