@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+from PIL import Image
 
 import sample
 import train
@@ -45,6 +46,9 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
 @pytest.mark.parametrize("argv", [argv for argv in arguments("sample.py") if "--config" not in argv],
                          ids=" ".join)
 def test_readme_sampling_commands_draw(argv, trained, tmp_path):
+    for name in ("a.png", "b.jpg"):                     # images that README's commands speak of
+        Image.new("RGB", (40, 30), "white").save(tmp_path / name)
+    argv = [str(tmp_path / word) if word in ("a.png", "b.jpg") else word for word in argv]
     argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]   # the last one given counts
     sample.main(argv)
     assert (tmp_path / "out" / "samples.png").exists()
@@ -54,7 +58,9 @@ def test_readme_sampling_commands_draw(argv, trained, tmp_path):
                          ids=" ".join)
 def test_readme_command_for_released_weights_is_understood(argv, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "draw_samples", seen.append)
+    monkeypatch.setattr(sample, "load", lambda *arguments: None)
+    monkeypatch.setitem(sample.WORDS, "generate", (lambda args, *rest: seen.append(args),
+                                                   *sample.WORDS["generate"][1:]))
     sample.main(argv)
     assert seen[0].config == "cfg.json" and seen[0].official
 

@@ -626,3 +626,78 @@ def test_edits_that_cannot_be_are_named(model, call, named):
 def test_a_denoiser_edits_no_images(denoiser):
     with pytest.raises(ValueError, match="checkpoint of a Sphere Encoder"):
         sample.edit(denoiser, photo(denoiser), torch.tensor([1, 2]), 1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A wide photo and a tall grey one with alpha, as files."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 50, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(rng.integers(0, 256, (50, 20, 2), dtype=np.uint8), "LA").save(tmp_path / "b.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "white.png")
+    return [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_image_files_are_resized_by_the_shorter_side_and_cropped_at_the_centre(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    x = sample.open_images([tmp_path / "wide.png"] * 2, (8, 10))
+    assert x.shape == (2, 3, 8, 10) and x[..., 1:-1].min() > 0.95 and x.max() <= 1
+
+
+@pytest.mark.parametrize("word, flags, shape", [
+    ("reconstruct", ["--images", "a", "b"], (2, 2)), ("interpolate", ["--rows", "2", "--frames", "3"], (2, 3)),
+    ("interpolate", ["--square", "--frames", "3", "--steps", "2"], (3, 3)),
+    ("crossover", ["--images", "a", "b", "--steps", "3"], (1, 6)),
+    ("manipulate", ["--images", "a", "--classes", "1,2,3", "--steps", "2"], (3, 3)),
+    ("schemes", ["--count", "3", "--steps", "2"], (3, 8)),
+])
+def test_every_word_draws_its_picture(trained, photos, tmp_path, word, flags, shape, monkeypatch):
+    files = dict(zip("ab", photos))
+    drawn, whole = [], sample.picture
+    monkeypatch.setattr(sample, "picture", lambda panels, *rest, **more: drawn.append(panels) or
+                        whole(panels, *rest, **more))
+    main([word, "--checkpoint", str(trained), "--out", str(tmp_path / "out"), *(files.get(f, f) for f in flags)])
+    rows = {len(images) for images in drawn[0].values()}
+    assert (rows, sum(images.shape[1] for images in drawn[0].values())) == ({shape[0]}, shape[1])
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
+def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
+    main(["interpolate", "--checkpoint", str(trained_latent), "--out", str(tmp_path / "a"), "--rows", "2",
+          "--frames", "3", "--gif", "--spherical", "--classes", "1,2,3"])
+    with Image.open(tmp_path / "a" / "samples.gif") as animation:
+        assert animation.n_frames == 6
+
+
+@pytest.mark.parametrize("flags", [["--r", "0.9"], ["--gamma", "0"], ["--mask", "diagonal"], ["--fresh"],
+                                   ["--class", "3"], ["--steps", "4"], ["--seed", "2"], ["--cfg", "2"],
+                                   ["--alpha", "50"], ["--mask", "white.png"]])
+def test_every_option_of_a_crossover_reaches_its_picture(trained, photos, tmp_path, flags):
+    flags = [str(tmp_path / word) if word.endswith(".png") else word for word in flags]
+    pictures = []
+    for name, more in (("plain", []), ("other", flags)):
+        main(["crossover", "--checkpoint", str(trained), "--out", str(tmp_path / name), "--class", "1", "--cfg",
+              "1.5", "--images", *photos, *more])
+        pictures.append((tmp_path / name / "samples.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["crossover", "--images", "a"], "two images, got 1"), (["crossover", "--images", "a", "x.png"], "x.png"),
+    (["crossover", "--images", "a", "b", "--mask", "round"], "'round'"),
+    (["crossover", "--images", "a", "b", "--class", "11"], "11"), (["crossover"], "--images"),
+    (["crossover", "--images", "a", "b", "--r", "2"], "2.0"), (["reconstruct", "--images", "a", "--gif"], "--gif"),
+    (["manipulate", "--images", "a", "b"], "one image"), (["manipulate", "--images", "a", "--classes", "12"], "12"),
+    (["interpolate", "--frames", "0"], "--frames"), (["interpolate", "--square", "--spherical"], "great circle"),
+    (["interpolate", "--official"], "--official"), (["generate", "--r", "1"], "--r"), (["dream"], "dream"),
+    (["crossover", "--images", "a", "b", "--steps", "0"], "steps"),
+])
+def test_mistakes_of_a_word_are_one_line_and_leave_nothing(trained, photos, tmp_path, capsys, argv, named):
+    files = dict(zip("ab", photos))
+    argv = [argv[0], "--checkpoint", str(trained), "--out", str(tmp_path / "out"),
+            *(files.get(word, word) for word in argv[1:])]
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ") and not (tmp_path / "out").exists()
