@@ -13,7 +13,6 @@ result names its own.
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import sys
 import warnings
@@ -373,15 +372,15 @@ def load_inception(path=None, device="cpu", convention="torch-fidelity"):
     path     the file; None looks in torch.hub's cache under both its names, then downloads it
     Raises FileNotFoundError that says what to place where, ValueError for another file.
     """
-    weights = _published(INCEPTION_URL, INCEPTION_FILES, INCEPTION_SHA256, path)
+    path = _published(INCEPTION_URL, INCEPTION_FILES, INCEPTION_SHA256, path)
     with torch.device(device):
         network = InceptionV3(convention)
-    network.load_state_dict(weights)
+    network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     return network.eval().requires_grad_(False).fold().to(memory_format=torch.channels_last)
 
 
 def _published(url, names, sha256, path=None):
-    """State dict in a published file, whose SHA-256 begins as given; see load_inception."""
+    """Path of a published file, whose SHA-256 begins as given; see load_inception."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if path is None:
         path = next((cache / name for name in names if (cache / name).is_file()), None)
@@ -402,7 +401,7 @@ def _published(url, names, sha256, path=None):
     if not digest.startswith(sha256):
         raise ValueError(f"{path}: not the file of that name (SHA-256 {digest[:8]}..., expected "
                          f"{sha256}...); replace it by {url}")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return path
 
 
 class Classifier(nn.Module):

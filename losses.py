@@ -134,7 +134,7 @@ def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
     Assumed: SE Eq. 9 with the denoiser in the place of decoder and encoder; the paper's simplified variant is
     in an appendix that is not in our text. Costs a third pass of the denoiser. Returns a scalar.
     """
-    return latent_reconstruction_loss(denoiser(spherify(z_hat_NOISY), y), z.detach())[1]
+    return latent_consistency_loss(z, denoiser(spherify(z_hat_NOISY), y))
 
 
 def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0), distance="l2",

@@ -742,11 +742,7 @@ def convert_official(state_dict):
     Raises ValueError naming the keys, the first ten, that are unknown, missing, of another shape or not of
     floats. The sizes are read off the weights: that they are those of your model, only loading can tell.
     """
-    if not isinstance(state_dict, dict):
-        raise ValueError(f"expected a dictionary of weights, got {type(state_dict).__name__}")
     weights, problems = _cleaned(state_dict)
-    for name in ("encoder.rope", "decoder.rope"):
-        weights.pop(name, None)
     for name, tensor in weights.items():
         if re.search(r"\.alpha[12]$", name) and tensor.ndim == 0:                        # as in older files
             weights[name] = tensor.reshape(1)
@@ -849,7 +845,7 @@ def _cleaned(state_dict, *prefixes):
     weights, problems = {}, {}
     for name, tensor in state_dict.items():
         short = re.sub(rf"(?<![^.])({wrappers})\.", "", str(name))
-        if short in ("encoder.rope", "decoder.rope"):
+        if short in ("encoder.rope", "decoder.rope"):                               # the Sphere Encoder's
             continue
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             problems[short] = f"holds no floats but {getattr(tensor, 'dtype', type(tensor).__name__)}"

@@ -479,7 +479,12 @@ def open_images(paths, size):
     images = torch.stack([transform(read_image(path)) for path in paths])
     H, W = size
     top, left = (side - H) // 2, (side - W) // 2
-    return images[..., top:top + H, left:left + W].float() / 127.5 - 1
+    return to_float(images[..., top:top + H, left:left + W])
+
+
+def to_float(images):
+    """Images uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def to_pil(x):

@@ -39,8 +39,8 @@ from losses import (DISTANCES, LATENT_WEIGHT_NAMES, PERCEPTUAL, WEIGHT_NAMES, pe
                     sphere_encoder_loss, sphere_latent_loss)
 from models import RAE, RAEBlock, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, Transformer, weights_digest
 from sample import (RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, image_transform, load,
-                    pick_device, picture, rae_arguments, read_checkpoint, reconstruct, sampler, save_checkpoint,
-                    steps_label, stored_tokenizer)
+                    pick_device, picture, rae_arguments, read_checkpoint, reconstruct, sampler,
+                    save_checkpoint, steps_label, stored_tokenizer, to_float)
 from spherify import MAPPINGS, logit_normal_sigmas, uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
@@ -341,11 +341,6 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, i):
         return self.transform(read_image(self.paths[i])), self.targets[i]
-
-
-def to_float(images):
-    """Images uint8 0..255 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
@@ -674,10 +669,12 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         bf16 = preset.precision == "bf16" or preset.precision == "auto" and on_gpu
         optimizer = build_optimizer(model, preset)
 
+        kept_tokenizer = tokenizer and stored_tokenizer(tokenizer)  # once: of an RAE it digests all weights
+
         def save(step, path=last):
             save_checkpoint(path, {
                 "kind": "sphere-latent-encoder" if tokenizer else "sphere-encoder",
-                "tokenizer": tokenizer and stored_tokenizer(tokenizer),
+                "tokenizer": kept_tokenizer,
                 "config": model.config, "class_names": model.class_names,
                 "use_ema": preset.use_ema, "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "seed": seed, "preset": asdict(preset),
