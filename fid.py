@@ -147,12 +147,11 @@ def pixel_quality(sets, real, real_labels, judged=True):
     - Fréchet distance: to the real images
     - nearest: median distance to the nearest real image, divided by that of the held-out ones; well below 1
       means memorised images
-    All distances are Euclidean on pixels in [-1, 1]: the channel mean if all real images are grey, averaged
-    down to 16x16 where images are larger.
+    All distances are Euclidean on pixel_features, grey if all real images are.
     """
     grey = bool((real == real[:, :1]).all())
-    real = _pixels(real, grey)
-    sets = {name: (_pixels(images, grey), labels) for name, (images, labels) in sets.items()}
+    real = pixel_features(real, grey)
+    sets = {name: (pixel_features(images, grey), labels) for name, (images, labels) in sets.items()}
     rows = {}
     if judged:
         from sklearn.svm import SVC
@@ -161,14 +160,54 @@ def pixel_quality(sets, real, real_labels, judged=True):
                                 for name, (x, labels) in sets.items()}
     rows["Fréchet distance"] = {name: frechet_distance(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
                                 for name, (x, _) in sets.items()}
-    nearest = {name: torch.cdist(x, real).amin(1).quantile(0.5).item() for name, (x, _) in sets.items()}
+    nearest = {name: nearest_neighbours(x, real)[0].quantile(0.5).item() for name, (x, _) in sets.items()}
     unit = nearest.get("real held-out")
     rows["nearest" if unit else "nearest (absolute)"] = {name: d / (unit or 1) for name, d in nearest.items()}
     return rows
 
 
-def _pixels(images, grey):
-    """uint8 [n, 3, H, W] -> float64 [n, D]; see pixel_quality."""
+def nearest_neighbours(x, real, k=1, block=256):
+    """Distances [n, k] of x [n, D] to the k nearest of real [m, D], ascending, and their places [n, k]."""
+    parts = [torch.cdist(part, real).topk(k, largest=False) for part in x.split(block)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def memorisation(sets, real, k=4, near=1 / 3):
+    """Whether images repeat training images, or mirrored ones. SE App. B.
+
+    sets     {name: uint8 [n, 3, H, W]}; one may be named "real held-out"
+    real     [2, m, D] features of the training images and of the mirrored ones, see pixel_features
+    near     a near-duplicate is nearer than this share of the way to the second nearest training image
+             (assumed: the paper shows near-duplicates and defines none; a third is Yoon et al. 2023)
+    returns  {row: {name: number}}; and {name: (ratio of the two distances [n], places of the k nearest
+             training images [n, k], which of them are mirrored [n, k])}
+
+    - nearest or mirrored: median distance to the nearest, divided by that of the held-out images
+    - near-duplicates: their share. A training image that is itself there twice hides its copies.
+    """
+    m, found, medians = real.shape[1], {}, {}
+    if m < 2:
+        raise ValueError(f"memorisation needs 2 training images or more, got {m}")
+    k = min(k, m)
+    for name, images in sets.items():
+        distance, place = nearest_neighbours(pixel_features(images), real.flatten(0, 1), 2 * k)
+        # Of an image and its mirrored self the nearer one counts: an image among the k nearest is among the
+        # first 2 k of both kinds.
+        again = (place[:, :, None] % m == place[:, None] % m).tril(-1).any(2)                     # [n, 2 k]
+        distance, order = distance.masked_fill(again, torch.inf).sort(dim=1)
+        distance, place = distance[:, :k], place.gather(1, order[:, :k])
+        found[name] = distance[:, 0] / distance[:, 1].clamp(min=1e-12), place % m, place >= m
+        medians[name] = distance[:, 0].quantile(0.5).item()
+    unit = medians.get("real held-out")
+    return {f"nearest or mirrored{'' if unit else ' (absolute)'}": {
+                name: median / (unit or 1) for name, median in medians.items()},
+            "near-duplicates": {name: (ratio < near).double().mean().item()
+                                for name, (ratio, _, _) in found.items()}}, found
+
+
+def pixel_features(images, grey=False):
+    """Images uint8 [n, 3, H, W] -> float64 [n, D] in [-1, 1]: the channel mean if grey, averaged down to
+    16x16 where they are larger."""
     features = []
     for part in images.split(256):
         x = part.double() / 127.5 - 1

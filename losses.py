@@ -1,13 +1,16 @@
-"""Losses of both papers, one function per equation. SE Sec. 2.3, SLE Sec. 4.2-4.3.
+"""Losses of both papers, one function per equation. SE Sec. 2.3, App. C.3; SLE Sec. 4.2-4.3.
 
 Images come in [-1, 1] and are compared in [0, 1]: there smooth L1 with beta 1 is half the squared error,
 which is what the weights of the released presets (25 and 50) are made for. Distances and means are float32
 whatever autocast does; only the perceptual network may run in bf16.
 """
 
+import math
 import warnings
+from functools import lru_cache
 
 import torch
+from scipy.special import betaincinv
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,7 +58,8 @@ def latent_consistency_loss(v, z_again, eps=1e-6):
         return (1 - F.cosine_similarity(v, z_again, dim=1, eps=eps)).mean()
 
 
-def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None):
+def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None,
+                        swd_weight=0.0, directions=None):
     """The objective: one batch through E, f, D and E again, and the weighted sum of Eq. 7-9. SE Eq. 10.
 
     model       SphereEncoder
@@ -67,6 +71,8 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     e           [B, N, d]     Gaussian noise, the same for both
     weights     of WEIGHT_NAMES, in that order; a pass that only zero weights would use is not computed
     perceptual  see pixel_reconstruction_loss
+    swd_weight  of the sliced Wasserstein loss of E(x), a regularisation that the paper tries and drops; it
+                needs directions [L, M]. See sliced_wasserstein_loss
     returns     loss, {name: unweighted part}; the parts are detached and stay on the device
     """
     recon_l1, recon_perceptual, con_l1, con_perceptual, lat_con = weights
@@ -74,7 +80,8 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     zero = x.new_zeros(())
     parts = dict.fromkeys(WEIGHT_NAMES, zero)
 
-    v = spherify(model.encode(x, y_clean))                                                            # Eq. 1
+    z = model.encode(x, y_clean)
+    v = spherify(z)                                                                                   # Eq. 1
     v_noisy = add_noise(v, sigma_sub, e)                                                              # Eq. 6
     if any((con_l1, con_perceptual, lat_con)):
         v_NOISY = add_noise(v, sigma, e)                                                              # Eq. 4
@@ -92,7 +99,56 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
         parts["lat_con"] = latent_consistency_loss(v, model.encode(x_NOISY, y_again))
 
     loss = sum((weight * parts[name] for name, weight in zip(WEIGHT_NAMES, weights) if weight), zero)
+    if swd_weight:
+        parts["swd"] = sliced_wasserstein_loss(z, directions)                                         # C.3
+        loss = loss + swd_weight * parts["swd"]
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+# ---- Distance to the uniform distribution ------------------------------------------------------------------
+
+
+def sliced_wasserstein_loss(z, directions):
+    """Squared sliced Wasserstein distance of latents to the uniform distribution on the sphere. SE App. C.3.
+
+    z           [B, N, d]  latents, before f (the paper's choice) or after
+    directions  [L, M]     see orthogonal_directions
+    returns     scalar, in units of a latent's element; see sliced_wasserstein
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        projections = at_least_float32(z).flatten(1) @ directions                                     # [B, M]
+        return sliced_wasserstein(projections, len(directions))
+
+
+def sliced_wasserstein(projections, L):
+    """The same of projections [n, M] of n latents of length L onto M directions.
+
+    In one dimension the nearest arrangement is the sorted one: the k-th smallest projection belongs to the
+    (k - 1/2) / n quantile of a coordinate of the uniform distribution, which is exact, not drawn. So the
+    result falls as 1 / n for n uniform points, but is not 0.
+    """
+    quantiles = sphere_quantiles(len(projections), L).to(projections)
+    return (projections.sort(dim=0).values - quantiles[:, None]).square().mean()
+
+
+@lru_cache(maxsize=64)
+def sphere_quantiles(n, L):
+    """Quantiles (k - 1/2) / n of one coordinate t of a uniform point on the sphere of radius sqrt(L), [n].
+
+    (1 + t / sqrt(L)) / 2 has the distribution Beta((L - 1) / 2, (L - 1) / 2); for large L t is Gaussian.
+    """
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    return math.sqrt(L) * (2 * torch.from_numpy(betaincinv((L - 1) / 2, (L - 1) / 2, u.numpy())) - 1)
+
+
+def orthogonal_directions(gaussian):
+    """Orthonormal random directions, uniform among all such sets: Rowland et al. 2019, Alg. 3.
+
+    gaussian  [L, M] of standard Gaussian numbers, M <= L
+    returns   [L, M] with orthonormal columns
+    """
+    Q, R = torch.linalg.qr(gaussian)
+    return Q * R.diagonal().sign()                          # without the signs some sets would be more likely
 
 
 # ---- Sphere Latent Encoder ---------------------------------------------------------------------------------

@@ -57,13 +57,17 @@ class SphereEncoder(nn.Module):
     mixer_depth   blocks of each MLP-Mixer; 0 leaves the mixers and their norms out
     pixel_head    "linear" (token -> patch, then a 3x3 conv) or "conv" (3x3 conv, SiLU, transposed conv)
     alpha_max     degrees; the angle of the largest training noise, with which sampling starts every step
+    encoder_classes  False makes an encoder that is blind to the class, which the paper warns of (Sec. 4,
+                  "Conditional Uniformity")
+    batch_norm    normalise E's output over batch and tokens, per channel, before f; without a learned scale
+                  and shift (assumed: they could undo it). App. C.3
 
     Neither encode nor decode projects onto the sphere: that is spherify's, between the two.
     Raises ValueError if the sizes do not fit each other.
     """
 
     def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size,
-                 mixer_depth, pixel_head="linear", alpha_max=80.0):
+                 mixer_depth, pixel_head="linear", alpha_max=80.0, encoder_classes=True, batch_norm=False):
         super().__init__()
         H, W = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if patch_size < 1 or H < patch_size or W < patch_size or H % patch_size or W % patch_size:
@@ -75,7 +79,8 @@ class SphereEncoder(nn.Module):
         # The class's keyword arguments, from which a checkpoint rebuilds the model.
         self.config = dict(image_size=image_size, patch_size=patch_size, latent_dim=latent_dim,
                            num_classes=num_classes, encoder_size=encoder_size, decoder_size=decoder_size,
-                           mixer_depth=mixer_depth, pixel_head=pixel_head, alpha_max=alpha_max)
+                           mixer_depth=mixer_depth, pixel_head=pixel_head, alpha_max=alpha_max,
+                           encoder_classes=encoder_classes, batch_norm=batch_norm)
         self.image_size = (H, W)
         self.num_classes = num_classes
         self.alpha_max = alpha_max
@@ -84,7 +89,9 @@ class SphereEncoder(nn.Module):
             raise ValueError(f"image_size {image_size} with patch_size {patch_size} is too small for the "
                              f"pixel head")
         self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
-        self.encoder = Encoder(grid, patch_size, latent_dim, num_classes, encoder_size, mixer_depth)
+        self.encoder = Encoder(grid, patch_size, latent_dim, num_classes if encoder_classes else 0,
+                               encoder_size, mixer_depth)
+        self.norm = nn.BatchNorm1d(latent_dim, affine=False) if batch_norm else None
         self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth,
                                pixel_head)
 
@@ -99,7 +106,8 @@ class SphereEncoder(nn.Module):
         if x.shape[1:] != (3, *self.image_size):
             raise ValueError(f"encode: expected images [B, 3, {self.image_size[0]}, {self.image_size[1]}], "
                              f"got {list(x.shape)}")
-        return at_least_float32(self.encoder(x, labels_or_null(x, y, self.num_classes)))
+        z = at_least_float32(self.encoder(x, labels_or_null(x, y, self.num_classes)))
+        return z if self.norm is None else self.norm(z.transpose(1, 2)).transpose(1, 2)
 
     def decode(self, v, y=None):
         """x = D(v, y) for points v of the sphere. SE Eq. 2.

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from fid import read_image, to_uint8
 from models import (RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config,
                     weights_digest)
-from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule
+from spherify import (add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule,
+                      truncate_noise)
 
 POSITIONS = ("encoder", "decoder", "combo")
 KINDS = {"sphere-encoder": SphereEncoder, "sphere-latent-encoder": SiT}
@@ -34,8 +35,8 @@ CHECKPOINT_KEYS = {"kind", "config", "class_names", "use_ema", "model", "ema", "
 
 
 @torch.no_grad()
-def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", seed=0,
-             first=0, e=None, official=False):
+def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", bound=None,
+             seed=0, first=0, e=None, official=False):
     """Images from random points of the sphere, in T steps. SE Alg. 1.
 
     model     SphereEncoder
@@ -48,6 +49,8 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
               at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE
               App. C.1
+    bound     truncate the seeded noise of the first step to [-bound, bound]; None leaves it Gaussian. SE
+              App. C.6
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
     e         [B, N, d] noise in place of the seeded one; one of these per draw, stacked, if there are several
     official  as the official code, where it departs from the paper: shared noise is shared by steps 2..T only
@@ -61,7 +64,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     s_encoder, s_decoder = _guidance_scales(cfg, position, conditional=model.num_classes > 0)
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
     r = step_schedule(steps, gamma, official)
-    e = _noise_of_steps(model, y, steps, shared, official, seed, first, e)                    # [T, B, N, d]
+    e = _noise_of_steps(model, y, steps, shared, official, seed, first, e, bound)             # [T, B, N, d]
     v = spherify(e[0])
     x = _guided(model.decode, v, y, s_decoder).clamp(-1, 1)     # as the official code clamps after guidance
     for t in range(2, steps + 1):
@@ -84,12 +87,12 @@ def _guided(network, inputs, y, s):
 
 
 @torch.no_grad()
-def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=None, shared=None, project_last=False,
-                    seed=0, first=0, e=None, official=False):
+def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=None, shared=None, bound=None,
+                    project_last=False, seed=0, first=0, e=None, official=False):
     """Images from random points of the sphere, in T steps within the latent space and one decode. SLE Alg. 1.
 
     denoiser  SiT with a tokenizer
-    y, steps, cfg, alpha, seed, first, e, official  as in generate; guidance acts at every step
+    y, steps, cfg, alpha, bound, seed, first, e, official  as in generate; guidance acts at every step
     gamma     decay of the noise over the steps, SE Eq. 13; None is the denoiser's own, that of its preset
     shared    one noise vector per image for all steps, or a fresh one at every step; None likewise
     project_last  decode f(z_hat) of the last step instead of z_hat itself (the model card's "raw final step")
@@ -104,7 +107,7 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=None, shar
     sigma_max = angle_to_sigma(denoiser.alpha_max if alpha is None else alpha)
     shared = denoiser.shared if shared is None else shared
     r = step_schedule(steps, denoiser.gamma if gamma is None else gamma, official)
-    e = _noise_of_steps(denoiser, y, steps, shared, official, seed, first, e)                 # [T, B, N, d]
+    e = _noise_of_steps(denoiser, y, steps, shared, official, seed, first, e, bound)          # [T, B, N, d]
 
     z = e[0]                                                # line 2
     for t in range(1, steps + 1):
@@ -131,7 +134,17 @@ def reconstruct(model, x, y=None):
     """
     if isinstance(model, SiT):
         return model.tokenizer.decode(model.tokenizer.encode(x))
-    return model.decode(spherify(model.encode(x, y)), y)
+    return model.decode(to_sphere(model, x, y), y)
+
+
+@torch.no_grad()
+def to_sphere(model, x, y=None):
+    """v = f(E(x, y)), SE Eq. 1: where images lie on the sphere. Of a denoiser: f(z), its tokenizer's latent.
+
+    x, y     as in reconstruct
+    returns  [B, N, d], norm sqrt(L)
+    """
+    return spherify(model.tokenizer.encode(x) if isinstance(model, SiT) else model.encode(x, y))
 
 
 # ---- Editing -----------------------------------------------------------------------------------------------
@@ -271,11 +284,13 @@ def _checked_classes(model, y):
     return y
 
 
-def _noise_of_steps(model, y, steps, shared, official, seed, first, e):
+def _noise_of_steps(model, y, steps, shared, official, seed, first, e, bound=None):
     """The noise of every step [T, B, N, d]: seeded or given, one draw per step or one for several."""
     draws = min(steps, 2 if official else 1) if shared else steps
     if e is None:
         e = sample_noise(seed, first, len(y), model.latent_shape, draws)
+        if bound is not None:
+            e[0] = truncate_noise(e[0], bound)
     e = (e[None] if e.ndim == 3 else e).to(y.device)                                       # [draws, B, N, d]
     expected = [draws, len(y), *model.latent_shape]
     if list(e.shape) != expected:
@@ -458,6 +473,34 @@ def picture(panels, row_names=None, captions=None):
     return canvas
 
 
+def sphere_picture(points):
+    """Points on the unit sphere in 3-D, as a matplotlib figure; SE Fig. 7.
+
+    points  {title: [n, 3]}, one sphere each; of more than 2,000 points the first are drawn
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.6 * len(points), 2.9))
+    figure.subplots_adjust(0, 0, 1, 0.86, wspace=0)
+    angle = torch.linspace(0, 2 * math.pi, 60)
+    for place, (title, cloud) in enumerate(points.items(), 1):
+        axes = figure.add_subplot(1, len(points), place, projection="3d")
+        for z in (-0.6, 0.0, 0.6):                                              # circles of latitude
+            radius = math.sqrt(1 - z**2)
+            axes.plot(radius * angle.cos(), radius * angle.sin(), z, color="0.8", linewidth=0.6)
+        x, y, z = cloud[:2000].T
+        axes.scatter(x, y, z, s=3, color="tab:blue")                            # paler where further away
+        axes.set_title(f"{title}\n{len(cloud[:2000])} points", fontsize=10)
+        axes.set_box_aspect((1, 1, 1), zoom=1.6)
+        axes.set_axis_off()
+    return figure
+
+
+def project_to_3d(v, seed=0):
+    """Points of the sphere [n, N, d] -> unit vectors [n, 3] by a random Gaussian matrix, as SE Sec. 4."""
+    gaussian = torch.randn(v[0].numel(), 3, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(v.flatten(1).cpu() @ gaussian, dim=1)
+
+
 def steps_label(T):
     return f"{T} step{'s' * (T > 1)}"
 
@@ -535,13 +578,17 @@ def rae_arguments(given):
     return {argument: given[name] for name, argument in RAE_OPTIONS.items() if given.get(name) is not None}
 
 
-def class_list(text):
-    return [int(word) for word in text.split(",")]
+def ints(text):
+    return tuple(int(word) for word in text.split(","))
+
+
+def floats(text):
+    return tuple(float(word) for word in text.split(","))
 
 
 OPTIONS = {
     "--count": dict(type=int, default=80, help="number of images"),
-    "--classes": dict(type=class_list, help="classes in turn, e.g. 3,5; K is the null class (default all)"),
+    "--classes": dict(type=ints, help="classes in turn, e.g. 3,5; K is the null class (default all)"),
     "--class": dict(type=int, dest="klass", metavar="CLASS", help="(default: the null class)"),
     "--images": dict(nargs="+", metavar="FILE", required=True, help="image files of any kind and size"),
     "--mask": dict(default=MASKS[0], help=f"{', '.join(MASKS)}, or an image file, white where the first "
@@ -554,6 +601,9 @@ OPTIONS = {
     "--steps": dict(type=int, default=4, help="T of Algorithm 1, or passes of an edit"),
     "--cfg": dict(type=float, default=1.0, help="guidance scale, 1 = off"),
     "--position": dict(choices=POSITIONS, help="where a Sphere Encoder is guided (default combo)"),
+    "--scales": dict(type=floats, default=(0.5, 1, 1.5, 2, 4), help="guidance scales, a column each"),
+    "--bound": dict(type=float, help="truncate the normal noise of the start to +-BOUND, App. C.6 "
+                                     "(default: no bound)"),
     "--r": dict(type=float, help="strength of the noise, 0 to 1 (default crossover 0.25, manipulate 1)"),
     "--gamma": dict(type=float, help="decay of the noise, Eq. 13; 0 = fixed (default crossover 1, else 0; "
                                      "Sphere Latent Encoder: as the preset says)"),
@@ -586,8 +636,8 @@ def main(argv=None):
     parser.add_argument("--device", help="default cuda if there is one, else cpu")
     for name in options.split():
         settings = dict(OPTIONS[name])
-        if "default" in settings:
-            settings["help"] += " (%(default)s)"
+        if default := settings.get("default"):
+            settings["help"] += f" ({','.join(map(str, default)) if isinstance(default, tuple) else default})"
         parser.add_argument(name, **settings)
     if word == "crossover":
         parser.set_defaults(steps=10)
@@ -609,18 +659,22 @@ def main(argv=None):
         parser.exit(130, f"{parser.prog}: interrupted; what {args.out} holds is incomplete\n")
 
 
-def options_for(function, args):
-    """The options that were given, as arguments of a function; refuses one that it does not take."""
-    fresh = getattr(args, "fresh", None)
-    options = {name: getattr(args, name, None) for name in ("alpha", "gamma", "position", "r")}
-    options |= {"shared": None if fresh is None else not fresh,
-                "project_last": getattr(args, "project_last", None) or None,
-                "official": getattr(args, "official", None) or None}
-    options = {name: value for name, value in options.items() if value is not None}
+HOW_NAMES = ("alpha", "gamma", "fresh", "position", "bound", "r", "project_last", "official")
+
+
+def options_for(function, given):
+    """Those of HOW_NAMES that were given, as arguments of a sampler; refuses one that it does not take."""
+    options = {name: given[name] for name in HOW_NAMES if given.get(name) is not None}
+    options = {name: value for name, value in options.items() if value is not False or name == "fresh"}
+    if "fresh" in options:
+        options["shared"] = not options.pop("fresh")
     for name in options.keys() - signature(function).parameters.keys():
-        raise ValueError(f"--{name.replace('_', '-')} is no option for the kind of model that "
-                         f"{args.checkpoint} holds; drop it")
-    return {"seed": args.seed, **options}
+        raise ValueError(f"--{name.replace('_', '-')} is no option for this kind of model; drop it")
+    return options
+
+
+def options_of(function, args):
+    return {"seed": args.seed, **options_for(function, vars(args))}
 
 
 def classes_of(args, model):
@@ -638,6 +692,12 @@ def names_of(model):
     return [*model.class_names, "null"] if model.num_classes else [""]
 
 
+def write_singles(images, out, start=0):
+    out.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images, start):
+        to_pil(image).save(out / f"{k:06d}.png")
+
+
 def write(image, path, what):
     path.parent.mkdir(parents=True, exist_ok=True)      # only now: a bad option leaves no folder behind
     image.save(path)
@@ -645,7 +705,7 @@ def write(image, path, what):
 
 
 def draw_samples(args, model, out):
-    classes, names, options = classes_of(args, model), names_of(model), options_for(sampler(model), args)
+    classes, names, options = classes_of(args, model), names_of(model), options_of(sampler(model), args)
     # Balanced, and y[i] depends on i alone.
     y = torch.tensor([classes[i % len(classes)] for i in range(args.count)])
     shown = []
@@ -653,9 +713,7 @@ def draw_samples(args, model, out):
         x = sampler(model)(model, y[start:start + args.batch_size], args.steps, args.cfg, first=start,
                            **options).cpu()
         if args.singles:
-            out.mkdir(parents=True, exist_ok=True)
-            for k, image in enumerate(x):
-                to_pil(image).save(out / f"{start + k:06d}.png")
+            write_singles(x, out, start)
         shown.extend(x[:max(0, 256 - len(shown))])                            # a grid of more is not readable
 
     title = f"{steps_label(args.steps)}, cfg {args.cfg:g}, seed {args.seed}"
@@ -673,8 +731,19 @@ def draw_samples(args, model, out):
         print(f"{out}/000000.png .. {args.count - 1:06d}.png: one file per sample")
 
 
+def draw_guidance(args, model, out):
+    classes = classes_of(args, model)
+    y = torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
+    positions = {"": {}} if isinstance(model, SiT) else {name: {"position": name} for name in POSITIONS}
+    panels = {f"{name} {', '.join(f'{scale:g}' for scale in args.scales)}".strip(): torch.stack(
+        [sampler(model)(model, y, args.steps, scale, **position, **options_of(sampler(model), args))
+         for scale in args.scales], dim=1) for name, position in positions.items()}
+    write(picture(panels, [names_of(model)[c] for c in y.tolist()]), out / "samples.png",
+          "a column per guidance scale")
+
+
 def draw_schemes(args, model, out):
-    classes, options = classes_of(args, model), options_for(sampler(model), args)
+    classes, options = classes_of(args, model), options_of(sampler(model), args)
     y = torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
     panels = {f"{decay}, {noise}": torch.stack(
         [sampler(model)(model, y, T, args.cfg, gamma=gamma, shared=shared, **options)
@@ -686,7 +755,7 @@ def draw_schemes(args, model, out):
 
 
 def draw_interpolations(args, model, out):
-    classes, options = classes_of(args, model), options_for(sampler(model), args)
+    classes, options = classes_of(args, model), options_of(sampler(model), args)
     corners = 4 if args.square else 2
     mixing = square(args.frames) if args.square else line(args.frames)
     lines = []
@@ -697,6 +766,8 @@ def draw_interpolations(args, model, out):
     images = lines[0].unflatten(0, (args.frames, args.frames)) if args.square else torch.stack(lines)
     write(picture({f"{steps_label(args.steps)}, seed {args.seed}": images}), out / "samples.png",
           "between the corners" if args.square else "from left to right, a line per row")
+    if args.singles:
+        write_singles(torch.cat(lines), out)
     if args.gif:
         size = [side * max(1, round(96 / max(model.image_size))) for side in model.image_size[::-1]]
         frames = [to_pil(image).resize(size, Image.NEAREST) for image in torch.cat(lines)]
@@ -718,6 +789,8 @@ def draw_reconstructions(args, model, out):
     again = reconstruct(model, x, class_given(args, model, len(x)))
     write(picture({"": torch.stack([x, again])}, ["original", "reconstruction"]), out / "samples.png",
           f"{len(x)} images and their reconstructions")
+    if args.singles:
+        write_singles(again, out)
 
 
 def draw_crossover(args, model, out):
@@ -728,10 +801,12 @@ def draw_crossover(args, model, out):
     if mask not in MASKS and Path(mask).exists():
         mask = (open_images([mask], model.image_size)[0].mean(0) + 1) / 2
     steps = crossover(model, a, b, class_given(args, model, 1), args.steps, mask, cfg=args.cfg,
-                      **options_for(edit, args)).cpu()
+                      **options_of(edit, args)).cpu()
     panels = {"A and B": torch.stack([a, b], dim=1), "stitched": steps[:1].transpose(0, 1),
               f"after 1 to {args.steps} passes": steps[1:].transpose(0, 1)}
     write(picture(panels), out / "samples.png", "the two images, and a column per pass")
+    if args.singles:
+        write_singles(steps[:, 0], out)
 
 
 def draw_manipulations(args, model, out):
@@ -740,26 +815,30 @@ def draw_manipulations(args, model, out):
     if len(args.images) != 1 or not model.num_classes:
         raise ValueError(f"manipulate needs one image and a conditional model, got {len(args.images)} and "
                          f"{model.num_classes} classes")
-    steps = manipulate(model, x, classes, args.steps, cfg=args.cfg, **options_for(edit, args)).cpu()
+    steps = manipulate(model, x, classes, args.steps, cfg=args.cfg, **options_of(edit, args)).cpu()
     panels = {"image": steps[0][:, None], f"after 1 to {args.steps} passes": steps[1:].transpose(0, 1)}
     write(picture(panels, [names_of(model)[c] for c in classes]), out / "samples.png",
           "a row per class, a column per pass")
+    if args.singles:
+        write_singles(steps[1:].transpose(0, 1).flatten(0, 1), out)
 
 
 WORDS = {
     "generate": (draw_samples,
-                 f"--count --classes {HOW} --fresh --project-last --official --singles --batch-size",
+                 f"--count --classes {HOW} --fresh --bound --project-last --official --singles --batch-size",
                  "images from random points, SE and SLE Alg. 1"),
-    "reconstruct": (draw_reconstructions, "--images --class",
+    "reconstruct": (draw_reconstructions, "--images --class --singles",
                     "images above what one trip through encoder and decoder makes of them, without noise"),
     "interpolate": (draw_interpolations,
-                    f"--classes --rows --frames --square --spherical --gif {HOW} --project-last",
+                    f"--classes --rows --frames --square --spherical {HOW} --project-last --gif --singles",
                     "images between random points, their classes mixed too, SE Fig. 6"),
-    "crossover": (draw_crossover, f"--images --class --mask --r {HOW} --fresh",
+    "crossover": (draw_crossover, f"--images --class --mask --r {HOW} --fresh --singles",
                   "two images stitched together, and what they become pass by pass, SE Fig. 9"),
-    "manipulate": (draw_manipulations, f"--images --classes --r {HOW} --fresh",
+    "manipulate": (draw_manipulations, f"--images --classes --r {HOW} --fresh --singles",
                    "an image decoded to each of several classes, pass by pass, SE Fig. 8"),
-    "schemes": (draw_schemes, "--count --classes --steps --cfg --position --alpha --project-last",
+    "guidance": (draw_guidance, "--count --classes --steps --scales --gamma --alpha --fresh --bound",
+                 "the same points at several guidance scales; of latents, pixels or both, SE Table 9"),
+    "schemes": (draw_schemes, "--count --classes --steps --cfg --position --alpha --bound --project-last",
                 "the same points under fixed and decaying, shared and fresh noise, SE Table 6"),
 }
 

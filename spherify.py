@@ -207,6 +207,22 @@ def sample_noise(seed, first, count, shape, draws=1):
     return torch.from_numpy(noise)
 
 
+def truncate_noise(e, bound):
+    """Standard Gaussian noise -> noise of the normal truncated to [-bound, bound]. SE App. C.6.
+
+    e        [...]  of standard Gaussian numbers
+    bound    above 0
+    returns  [...]  each number moved to where the same share of the truncated normal lies below it, so that
+             the result is a function of e; dtype of e
+    Raises ValueError for a bound that is not above 0.
+    """
+    if not bound > 0:
+        raise ValueError(f"the bound of a truncated prior must be above 0, got {bound}")
+    outside = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64, device=e.device))     # in one tail
+    beyond = torch.special.ndtr(-e.double().abs())              # a lower tail keeps more digits than an upper
+    return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * e.sign()).to(e.dtype)
+
+
 def at_least_float32(x):
     """x in float32 if it comes in a shorter float type, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -34,24 +34,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fid import (CONVENTIONS, FEATURES_HELP, METRICS, Extracted, check_metrics, compare, feature_network,
-                 load_statistics, pixel_quality, read_image, to_uint8, warnings_in_one_line, words)
-from losses import (DISTANCES, LATENT_WEIGHT_NAMES, PERCEPTUAL, WEIGHT_NAMES, perceptual_distance,
-                    sphere_encoder_loss, sphere_latent_loss)
+                 load_statistics, memorisation, pixel_features, pixel_quality, read_image, to_uint8,
+                 warnings_in_one_line, words)
+from losses import (DISTANCES, LATENT_WEIGHT_NAMES, PERCEPTUAL, WEIGHT_NAMES, orthogonal_directions,
+                    perceptual_distance, sliced_wasserstein, sphere_encoder_loss, sphere_latent_loss)
 from models import RAE, RAEBlock, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, Transformer, weights_digest
-from sample import (RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, image_transform, load,
-                    pick_device, picture, rae_arguments, read_checkpoint, reconstruct, sampler,
-                    save_checkpoint, steps_label, stored_tokenizer, to_float)
+from sample import (POSITIONS, RAE_OPTIONS, Parser, add_rae_options, build, build_tokenizer, floats,
+                    generate, generate_latent, image_transform, ints, load, options_for, pick_device,
+                    picture, project_to_3d, rae_arguments, read_checkpoint, reconstruct, sampler,
+                    save_checkpoint, sphere_picture, steps_label, stored_tokenizer, to_float, to_pil,
+                    to_sphere)
 from spherify import MAPPINGS, logit_normal_sigmas, uniform_sigmas
 
 # ---- Presets -----------------------------------------------------------------------------------------------
-
-
-def ints(text):
-    return tuple(int(word) for word in text.split(","))
-
-
-def floats(text):
-    return tuple(float(word) for word in text.split(","))
 
 
 def size(text):
@@ -87,6 +82,8 @@ class Preset:
     decoder_size: str | tuple = option("small", "small .. giant, or width,depth,heads")
     mixer_depth: int = option(4, "blocks of each MLP-Mixer")
     pixel_head: str = option("linear", "linear or conv")
+    encoder_classes: bool = option(True, "condition the encoder too, not the decoder alone")
+    batch_norm: bool = option(False, "normalise the encoder's output before the projection, App. C.3")
 
     alpha_max: float = option(80.0, "degrees, largest angle of the usual noise")
     alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases")
@@ -108,6 +105,7 @@ class Preset:
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES)
                             + "; with a tokenizer: " + " ".join(LATENT_WEIGHT_NAMES))
+    swd_weight: float = option(0.0, "of the sliced Wasserstein loss, App. C.3; 0 = off", 0)
     perceptual: str = option("lpips-vgg", f"perceptual distance: {', '.join(PERCEPTUAL)}")
     class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
@@ -328,6 +326,28 @@ def in_memory(images, targets, size):
     return data
 
 
+def export(preset, out, count=None):
+    """Write a preset's images as PNG files: out/train/CLASS/000012.png and, held-out ones, out/val/CLASS/....
+
+    count    at most so many of each part, a fixed random choice; None: all
+    The number is the image's place in its data set. `--preset folder --data out` trains on them, fid.py reads
+    them, sample.py edits them. Raises ValueError if the folder holds anything already.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; --export needs a new folder")
+    train_set, held_out, class_names = load_data(preset)
+    for part, data in (("train", train_set), ("val", held_out)):
+        chosen = some(data, count or len(data)) if data is not None else []
+        for place in tqdm(chosen, desc=part, unit="image", disable=None):
+            image, label = data[place]
+            folder = out / part / class_names[label].replace("/", "-")              # "T-shirt/top"
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil(to_float(image)).save(folder / f"{place:06d}.png")
+        if chosen:
+            say(f"{out / part}: {len(chosen)} images of {len(set(data.targets))} classes")
+
+
 class ImageFiles(Dataset):
     """Image files with their classes: the shorter side is resized to `size` (bicubic), the centre cropped."""
 
@@ -496,6 +516,12 @@ def gaussian(seeds, shape, device):
                         for seed in seeds.tolist()])
 
 
+def random_directions(model, *key):
+    """256 directions (at most L) for a sliced Wasserstein distance of the model's latents, [L, M]."""
+    L = math.prod(model.latent_shape)
+    return orthogonal_directions(torch.randn(L, min(L, 256), generator=seeded(*key, 3)))
+
+
 # ---- Training ----------------------------------------------------------------------------------------------
 
 
@@ -507,13 +533,14 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.perceptual, self.preset = model, perceptual, preset
 
-    def forward(self, x, y, sigma, sigma_sub, e):
+    def forward(self, x, y, sigma, sigma_sub, e, directions=None):
         """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
         p = self.preset
         if is_latent(p):
             return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance,
                                       p.token_cosine)
-        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual)
+        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual,
+                                   p.swd_weight, directions)
 
 
 def build_model(preset, class_names, latent_shape=None):
@@ -528,7 +555,8 @@ def build_model(preset, class_names, latent_shape=None):
     else:
         model = SphereEncoder(preset.image_size, preset.patch_size, preset.latent_dim, len(class_names),
                               preset.encoder_size, preset.decoder_size, preset.mixer_depth,
-                              preset.pixel_head, preset.alpha_max)
+                              preset.pixel_head, preset.alpha_max, preset.encoder_classes,
+                              preset.batch_norm)
     model.class_names = class_names
     return model
 
@@ -563,6 +591,8 @@ def update_ema(ema, model, decay, step):
     with torch.no_grad():
         for average, parameter in zip(ema.parameters(), model.parameters()):
             average.lerp_(parameter, 1 - decay)
+        for average, buffer in zip(ema.buffers(), model.buffers()):         # statistics of a batch norm
+            average.copy_(buffer)
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
@@ -599,8 +629,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     out = Path(out)
     last, log, evaluations = out / "last.pt", out / "log.jsonl", out / "evaluations.jsonl"
     check_preset(preset, world, accumulate)
+    check_batch_norm(preset, world, accumulate, activation_checkpointing)
     evaluation = evaluation or Evaluation()
-    check_evaluation(evaluation, preset.conditional)
+    check_evaluation(evaluation, preset)
     if not 0 <= evaluate_every < math.inf or evaluate_every and not {"pixels", "fid"} & {*evaluation.metrics}:
         raise ValueError(f"--evaluate-every must be at least 0 and needs pixels or fid in --metrics, "
                          f"got {evaluate_every:g} and {','.join(evaluation.metrics)}")
@@ -647,7 +678,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         source = data                                       # of what the loss is of: images or latents
         if tokenizer and (latent_cache or isinstance(data, TensorDataset)) and latent_cache != "none":
             source = LatentCache(latent_cache or out, data, tokenizer, preset.flip, device, workers)
-        ema = copy.deepcopy(model).requires_grad_(False)
+        ema = copy.deepcopy(model).requires_grad_(False).eval()
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.recompute = activation_checkpointing
@@ -656,6 +687,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             ema.attach(tokenizer)
         objective = Objective(model, perceptual, preset).to(device)
         if world > 1:
+            if device.type == "cuda":                       # a batch norm, if any, sees the global batch
+                objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in signature(ddp).parameters              # since torch 2.15
             objective = ddp(objective, device_ids=[device] if device.type == "cuda" else None,
@@ -717,6 +750,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     group["lr"] = rate * group["lr_scale"]
                 drawn = {name: tensor[..., mine] for name, tensor in random_draws(preset, seed, step).items()}
                 e = gaussian(drawn.pop("e_seed"), model.latent_shape, device)                # [B, N, d]
+                directions = random_directions(model, seed, step).to(device) if preset.swd_weight else None
                 drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
                 sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                        # [B] each
                 x = images.to(device, non_blocking=True)        # [B, 3, H, W], or cached latents [B, N, d]
@@ -733,7 +767,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     part = tokenizer.encode(x[m]) if tokenizer and source is data else x[m]
                     with objective.no_sync() if waits else contextlib.nullcontext():
                         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                            loss, parts = objective(part, y[:, m], sigma[m], sigma_sub[m], e[m])
+                            loss, parts = objective(part, y[:, m], sigma[m], sigma_sub[m], e[m],
+                                                    directions)
                         (loss / accumulate).backward()
                     rows.append({"loss": loss.detach(), **parts})
                 grad_norm = nn.utils.clip_grad_norm_(model.parameters(), preset.clip or math.inf)
@@ -751,6 +786,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 if not (logs or saves or shows or measures):
                     continue
                 means = drain(window, done, last, device)       # raises at a value that is not finite
+                model.eval()                                    # for what is drawn and measured below
                 if rank == 0:
                     with open(log, "a") as file:
                         line = {"step": done, **means, "lr": rate}
@@ -779,6 +815,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     progress_picture(ema if preset.use_ema else model, held_out or data, device).save(name)
                     plot_losses(log, out / "losses.png")
                     say(f"{name}, {out / 'losses.png'}: samples and losses after {done} iterations")
+                model.train()
                 if stops and not ends:
                     raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; "
                                             f"everything is in {last}, --resume continues from there")
@@ -847,6 +884,16 @@ def check_preset(preset, world, accumulate):
     random_draws(p, 0, 0)                               # angles and stratified: uniform_sigmas' own checks
 
 
+def check_batch_norm(preset, world, accumulate, activation_checkpointing):
+    """Raise a ValueError where a batch norm would see another batch than that of one plain iteration."""
+    on_cpu = world > 1 and not torch.cuda.is_available()
+    clash = ("--accumulate" if accumulate > 1 else "--activation-checkpointing" if activation_checkpointing
+             else "several processes on a CPU" if on_cpu else None)
+    if preset.batch_norm and clash:
+        raise ValueError(f"--batch-norm normalises over the batch of one pass and cannot be had together "
+                         f"with {clash}; drop one of them")
+
+
 def check_ranges(options):
     """Raise a ValueError for the first number of a Preset or an Evaluation that is out of its range."""
     for f in fields(options):
@@ -855,7 +902,7 @@ def check_ranges(options):
             expected = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
             raise ValueError(f"{flag(f.name)} must be {expected}, got {value}")
         choices = f.metadata["choices"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -1024,6 +1071,9 @@ def plot_losses(log, path):
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
+ALL_METRICS = ("pixels", "rfid", "uniformity", "memorisation", *METRICS)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How samples are measured. Every field is a command-line option of its name.
@@ -1031,7 +1081,12 @@ class Evaluation:
     metrics  "pixels": the rows of fid.pixel_quality and the error of reconstructing held-out images, against
              10,000 training images at most; "fid", "is", "pr", "sfid": those of fid.compare, against 50,000
              at most, or FID and sFID against stored statistics; "rfid": FID between these training images
-             and their reconstructions
+             and their reconstructions; "uniformity": sliced Wasserstein distance of the training set's points
+             on the sphere to the uniform distribution, of each class and of all, beside that of as many
+             uniform points, SE Sec. 4; "memorisation": fid.memorisation, SE App. B. The last two draw too
+    calibration  of a model with batch norm: before sampling, take its statistics from the "reference"
+             (training) images or from 500 "generated" ones; or "none": let every batch have its own. Not
+             given, those of the training stand. SE App. C.4
     """
 
     count: int = option(1000, "number of samples; sample i has class i mod K", 2)
@@ -1039,7 +1094,11 @@ class Evaluation:
     cfg: float = option(1.0, "guidance scale, 1 = off", 0)
     gamma: float = option(None, "decay of the noise; none: as the checkpoint's model has it")
     fresh: bool = option(None, "fresh noise at every step; none: as the checkpoint's model has it")
-    metrics: tuple = option(("pixels",), f"of pixels,rfid,{','.join(METRICS)}", parse=words)
+    position: str = option(None, "where a Sphere Encoder is guided; none: combo", choices=POSITIONS)
+    bound: float = option(None, "truncate the normal noise of the start to +-BOUND, App. C.6; none: no bound")
+    calibration: str = option(None, "of a batch norm, App. C.4; not given: the training's statistics",
+                              choices=("none", "reference", "generated"))
+    metrics: tuple = option(("pixels",), f"of {','.join(ALL_METRICS)}", parse=words)
     features: str = option("inception", FEATURES_HELP)
     inception_weights: str = option(None, "file; none: torch.hub's cache, or download")
     convention: str = option("torch-fidelity", "how images are prepared for Inception", choices=CONVENTIONS)
@@ -1047,11 +1106,12 @@ class Evaluation:
     truncate: bool = option(False, "cut samples to 8 bits as the official code does, do not round them")
 
 
-def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
+def evaluate(path, seed=0, data=None, device=None, rae=None, out=None, **options):
     """Quality of class-balanced samples of a checkpoint, beside the same numbers for real held-out images.
 
     data     folder of the data set, if it is not where it was at training
     rae      arguments of models.RAE that replace those stored, such as the places of its files
+    out      folder for uniformity.png and memorisation.png; None: the checkpoint's
     options  fields of Evaluation
     returns  {row: {column: number}}, which main prints as a table; {} on all processes but the first
 
@@ -1060,7 +1120,7 @@ def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
     evaluation = Evaluation(**options)
     checkpoint = read_checkpoint(path)
     preset = stored_preset(checkpoint, path)
-    check_evaluation(evaluation, preset.conditional)
+    check_evaluation(evaluation, preset)
     preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
         model = first_process_first(lambda: build(checkpoint, path, rae=rae)).to(device)
@@ -1068,26 +1128,31 @@ def evaluate(path, seed=0, data=None, device=None, rae=None, **options):
         if class_names * preset.conditional != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}; "
                              f"{preset.data} has {class_names}")
-        return Evaluator(evaluation, train_set, held_out, device)(model, seed, timed=True)
+        return Evaluator(evaluation, train_set, held_out, device)(model, seed, out or Path(path).parent)
 
 
-def check_evaluation(evaluation, conditional):
-    """Raise a ValueError for the first value that no model can be measured with."""
+def check_evaluation(evaluation, preset):
+    """Raise a ValueError for the first value that a preset's model cannot be measured with."""
     check_ranges(evaluation)
+    if evaluation.calibration and not preset.batch_norm:
+        raise ValueError(f"--calibration {evaluation.calibration} is for models trained with --batch-norm")
+    if evaluation.bound is not None and not evaluation.bound > 0:
+        raise ValueError(f"--bound must be above 0, got {evaluation.bound}")
     if min(evaluation.steps, default=0) < 1:
         raise ValueError(f"--steps must be whole numbers of at least 1, got {evaluation.steps}")
-    if evaluation.cfg != 1 and not conditional:
+    if evaluation.cfg != 1 and not preset.conditional:
         raise ValueError(f"--cfg {evaluation.cfg:g} needs a conditional model; this one has no classes to "
                          f"guide towards")
+    options_for(generate_latent if is_latent(preset) else generate, asdict(evaluation))
     if "pr" in evaluation.metrics and evaluation.count < 4:
         raise ValueError(f"--count must be at least 4 for precision and recall, got {evaluation.count}")
     idle = [name for name in ("reference", "inception_weights") if getattr(evaluation, name)]
     idle += ["features"] * (evaluation.features != "inception")
-    if idle and not set(evaluation.metrics) - {"pixels"}:
+    if idle and not set(evaluation.metrics) & {"rfid", *METRICS}:
         raise ValueError(f"{flag(idle[0])} says nothing of raw pixels; name what it is for, such as "
                          f"--metrics fid")
-    if unknown := set(evaluation.metrics) - {"pixels", "rfid", *METRICS}:
-        raise ValueError(f"--metrics must be of pixels,rfid,{','.join(METRICS)}, got {min(unknown)}")
+    if unknown := set(evaluation.metrics) - {*ALL_METRICS}:
+        raise ValueError(f"--metrics must be of {','.join(ALL_METRICS)}, got {min(unknown)}")
 
 
 class Evaluator:
@@ -1095,30 +1160,38 @@ class Evaluator:
 
     def __init__(self, evaluation, train_set, held_out, device):
         self.evaluation, self.train_set, self.held_out = evaluation, train_set, held_out
+        self.training_places = some(train_set, 50_000)
         self.device = device
         self.compared = [metric for metric in evaluation.metrics if metric in METRICS]
         self.stored = None
-        if set(evaluation.metrics) - {"pixels"}:
+        if set(evaluation.metrics) & {"rfid", *METRICS}:
             self.network = first_process_first(lambda: feature_network(
                 evaluation.features, evaluation.inception_weights, device, evaluation.convention))
             if evaluation.reference:
                 self.stored = first_process_first(lambda: load_statistics(evaluation.reference))
             check_metrics(self.compared, self.network, self.stored)
 
-    def __call__(self, model, seed=0, timed=False):
-        """{row: {column: number}}, with the time per image if timed; {} on all processes but the first."""
+    def __call__(self, model, seed=0, out=None):
+        """{row: {column: number}}; {} on all processes but the first. With `out`, a folder for pictures, also
+        these and the time per image."""
         y = torch.arange(self.evaluation.count) % max(model.num_classes, 1)
-        fresh = self.evaluation.fresh
-        scheme = {"gamma": self.evaluation.gamma, "shared": None if fresh is None else not fresh}
-        scheme = {name: value for name, value in scheme.items() if value is not None}
+        scheme = options_for(sampler(model), asdict(self.evaluation))
+        if self.evaluation.calibration:
+            model = self.calibrated(model, seed, scheme)
 
         def sampled(T, places):
             return self.to_8_bits(sampler(model)(model, y[places], T, self.evaluation.cfg, seed=seed,
                                                  first=places[0], **scheme))
 
-        rows = {}
-        if "pixels" in self.evaluation.metrics:
-            rows |= self.pixels(model, y, sampled, timed)
+        rows, metrics = {}, self.evaluation.metrics
+        if {"pixels", "memorisation"} & {*metrics}:
+            sets, times = self.drawn(sampled, y, model.image_size)
+        if "pixels" in metrics and process_rank()[0] == 0:
+            rows |= self.pixels(model, {**sets}) | ({"ms per image": times} if out else {})
+        if "memorisation" in metrics and process_rank()[0] == 0:
+            rows |= self.memorisation(sets, out)
+        if "uniformity" in metrics:
+            rows |= self.uniformity(model, out)
         if self.compared:
             sets = {steps_label(T): self.extracted(
                 len(y), lambda places: (sampled(T, part) for part in places)) for T in self.evaluation.steps}
@@ -1136,22 +1209,43 @@ class Evaluator:
     def to_8_bits(self, x):
         return to_uint8((x + 1) / 2, self.evaluation.truncate)
 
-    def pixels(self, model, y, sampled, timed):
-        """The measures on raw pixels."""
-        rank, world = process_rank()
+    def calibrated(self, model, seed, scheme):
+        """A copy of a model whose batch norm has the statistics that the evaluation asks for."""
+        model = copy.deepcopy(model)
+        model.norm.reset_running_stats()
+        model.norm.momentum = None                          # their mean over batches, not a decaying one
+        model.norm.train()
+        if self.evaluation.calibration == "none":
+            return model
+        if self.evaluation.calibration == "generated":
+            T = max(2, *self.evaluation.steps)              # one step has no encoder
+            y = torch.arange(500) % max(model.num_classes, 1)
+            for first in range(0, 500, 100):
+                generate(model, y[first:first + 100], T, self.evaluation.cfg, seed=seed + 1, first=first,
+                         **scheme)                          # other noise than that of the samples
+        else:
+            chosen = Subset(self.train_set, self.training_places)
+            for x, y in DataLoader(chosen, 100, generator=seeded(0)):
+                to_sphere(model, to_float(x).to(self.device), y.to(self.device))
+        return model.eval()
+
+    def drawn(self, sampled, y, image_size):
+        """{steps: (uint8 [n, 3, H, W], y)}, and the time per image in ms; all images on all processes."""
         sets, times = {}, {}
         sampled(self.evaluation.steps[0], [0])              # what the first call prepares is not timed
         for T in self.evaluation.steps:
             began = time.perf_counter()
-            images = torch.zeros(len(y), 3, *model.image_size, dtype=torch.uint8, device=self.device)
+            images = torch.zeros(len(y), 3, *image_size, dtype=torch.uint8, device=self.device)
             for places in batches_of(len(y)):
                 images[places] = sampled(T, places)
-            if world > 1:
+            if process_rank()[1] > 1:
                 distributed.all_reduce(images)
             sets[steps_label(T)] = images.cpu(), y
             times[steps_label(T)] = 1000 * (time.perf_counter() - began) / len(y)
-        if rank > 0:
-            return {}
+        return sets, times
+
+    def pixels(self, model, sets):
+        """The measures on raw pixels."""
         if self.held_out is not None:
             sets["real held-out"] = self.held_out_pixels
         rows = pixel_quality(sets, *self.training_pixels, judged=model.num_classes > 0)
@@ -1159,7 +1253,73 @@ class Evaluator:
             parts = (to_float(part).to(self.device) for part in sets["real held-out"][0].split(100))
             error = torch.cat([(reconstruct(model, x) - x).square().mean((1, 2, 3)) for x in parts])
             rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
-        return rows | {"ms per image": times} if timed else rows
+        return rows
+
+    def memorisation(self, sets, out):
+        """Nearest training images of samples; the most suspicious ones as a picture. SE App. B, Fig. 19."""
+        sets = {name: images for name, (images, _) in sets.items()}
+        if self.held_out is not None:
+            sets["real held-out"] = self.held_out_pixels[0]
+        rows, found = memorisation(sets, self.mirrored_features)
+        if out:
+            last = steps_label(self.evaluation.steps[-1])
+            ratio, places, mirrored = found[last]
+            worst = ratio.argsort()[:8]
+            near = torch.stack([self.train_set[self.training_places[place]][0] for place in
+                                places[worst].flatten().tolist()]).unflatten(0, (len(worst), -1))
+            near = torch.where(mirrored[worst][:, :, None, None, None], near.flip(-1), near)
+            panels = {f"sample, {last}": sets[last][worst][:, None], "nearest training images": near}
+            self.show(picture({title: to_float(images) for title, images in panels.items()},
+                              [f"{ratio[i]:.2f}" for i in worst]), Path(out) / "memorisation.png",
+                      "the samples nearest to one training image; left: its distance over the next one's")
+        return rows
+
+    def uniformity(self, model, out):
+        """Distance of the training set's points on the sphere to the uniform distribution. SE Sec. 4, Fig. 7.
+
+        The uniform column is the mean of 8 draws of as many uniform points, seen from the same number of
+        directions: chance alone brings an ideal encoder there.
+        """
+        chosen = Subset(self.train_set, self.training_places)
+        y = torch.tensor(self.train_set.targets)[self.training_places]
+        L, directions = math.prod(model.latent_shape), random_directions(model, 0).to(self.device)
+        along = torch.zeros(len(chosen), directions.shape[1], device=self.device)                  # [n, M]
+        shadow = torch.zeros(len(chosen), 3, device=self.device)
+        places = batches_of(len(chosen))
+        for part, (x, labels) in zip(places, DataLoader(chosen, batch_sampler=places, generator=seeded(0))):
+            v = to_sphere(model, to_float(x).to(self.device), labels.to(self.device))
+            along[part], shadow[part] = v.flatten(1) @ directions, project_to_3d(v).to(self.device)
+        if process_rank()[1] > 1:
+            distributed.all_reduce(along)
+            distributed.all_reduce(shadow)
+        if process_rank()[0] > 0:
+            return {}
+        along, shadow = along.cpu(), shadow.cpu()
+        groups = {name: y == k for k, name in enumerate(model.class_names[:10])}
+        groups["all"] = torch.ones(len(y), dtype=torch.bool)
+        rows = {}
+        for name, among in groups.items():
+            drawn = [uniform_along(int(among.sum()), along.shape[1], L, k) for k in range(8)]
+            distances = [math.sqrt(sliced_wasserstein(x, L)) for x in (along[among], *drawn)]
+            rows[f"uniformity, {name}"] = {"encoded": distances[0], "uniform": sum(distances[1:]) / 8}
+        if out:
+            shown = {name: shadow[groups[name]] for name in [*list(groups)[:-1][:3], "all"]}
+            shown["uniform"] = torch.randn(len(y), 3, generator=seeded(0))
+            shown["uniform"] /= shown["uniform"].norm(dim=1, keepdim=True)
+            self.show(sphere_picture(shown), Path(out) / "uniformity.png",
+                      "points of the training set on the sphere, projected to 3-D at random")
+        return rows
+
+    def show(self, drawn, path, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, dpi=100) if hasattr(drawn, "savefig") else drawn.save(path)
+        say(f"{path}: {what}")
+
+    @cached_property
+    def mirrored_features(self):
+        """[2, m, D]: the training images, and mirrored, for fid.memorisation."""
+        loader = DataLoader(Subset(self.train_set, self.training_places), 100, generator=seeded(0))
+        return torch.cat([torch.stack([pixel_features(x), pixel_features(x.flip(-1))]) for x, _ in loader], 1)
 
     @cached_property
     def training_pixels(self):
@@ -1191,6 +1351,14 @@ class Evaluator:
         return result.gather(sum(places, []), count) if process_rank()[1] > 1 else result
 
 
+def uniform_along(n, M, L, seed):
+    """n uniform points on the sphere of radius sqrt(L), seen along M orthonormal directions, [n, M]."""
+    generator = np.random.default_rng(seed)
+    seen = generator.standard_normal((n, M))
+    unseen = generator.chisquare(L - M, n) if L > M else 0      # squared length of the other L - M numbers
+    return torch.from_numpy(math.sqrt(L) * seen / np.sqrt((seen**2).sum(1) + unseen)[:, None])
+
+
 def batches_of(count, batch=100):
     """This process's batches of the places 0 .. count - 1. Fixed batches are taken whole, so that rounding
     does not depend on the number of processes."""
@@ -1218,10 +1386,13 @@ def main(argv=None):
     parser.argument_default = argparse.SUPPRESS             # so that only what is given is there afterwards
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="settings to start from (default digits)")
-    run.add_argument("--out", type=Path, help="folder of the run (default out/PRESET)")
+    run.add_argument("--out", type=Path, help="folder of the run (default out/PRESET), or of the pictures of "
+                                                "--evaluate (default the checkpoint's)")
     run.add_argument("--seed", type=int, help="of the training, or of the samples to evaluate (default 0)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, exactly")
     run.add_argument("--device", help="default cuda if there is one, else cpu")
+    run.add_argument("--export", metavar="FOLDER", help="write the preset's real images there as files "
+                                                        "(--count of each part, or all), and stop")
     run.add_argument("--list", action="store_true", help="print all presets with sizes and cost, and stop")
     speed = parser.add_argument_group("speed and memory; results change by rounding only")
     speed.add_argument("--workers", type=int, help="processes that read images (default: as the data need)")
@@ -1279,9 +1450,20 @@ def dispatch(given):
         given = {name: value for name, value in given.items() if name not in RAE_OPTIONS} | {"rae": rae}
     if "list" in given:
         list_presets()
+    elif "export" in given:
+        changes = {name: given[name] for name in given.keys() & PRESET_OPTIONS}
+        count = measured.pop("count", None)
+        if misplaced := {*measured, *given} - {"export", "preset", *PRESET_OPTIONS}:
+            raise ValueError(f"--export takes a preset, its settings and --count; drop "
+                             f"{flag(min(misplaced))}")
+        if count is not None and count < 1:
+            raise ValueError(f"--count must be at least 1, got {count}")
+        preset = replace(PRESETS[given.get("preset", "digits")], **changes)
+        check_ranges(preset)
+        export(preset, given["export"], count)
     elif "evaluate" in given:
         path = given.pop("evaluate")
-        if misplaced := given.keys() - {"seed", "data", "device", "rae"}:
+        if misplaced := given.keys() - {"seed", "data", "device", "rae", "out"}:
             raise ValueError(f"--evaluate takes its settings from the checkpoint; "
                              f"drop {flag(min(misplaced))}")
         print_table(path, Evaluation(**measured), given.get("seed", 0), evaluate(path, **given, **measured))
@@ -1390,7 +1572,7 @@ def print_table(path, evaluation, seed, rows):
     if not rows:                                            # not the first process
         return
     how = ""
-    if set(evaluation.metrics) - {"pixels"}:
+    if set(evaluation.metrics) & {"rfid", *METRICS}:
         how = (f", convention {evaluation.convention}" if evaluation.features == "inception"
                else f", features {evaluation.features}")
     print(f"{path}: {evaluation.count} samples, seed {seed}, cfg {evaluation.cfg:g}{how}")
