@@ -644,7 +644,7 @@ def main(argv=None):
     add_rae_options(parser)
     args = parser.parse_args(argv)
     try:
-        for name in ("count", "batch_size", "rows", "frames"):
+        for name in ("count", "batch_size", "rows", "frames", "steps"):
             if getattr(args, name, 1) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         out = Path(args.out)
@@ -686,6 +686,12 @@ def classes_of(args, model):
     if not all(0 <= c <= K for c in classes):
         raise ValueError(f"--classes must be numbers from 0 to {K} ({K} is the null class), got {classes}")
     return classes
+
+
+def few(args, model):
+    """Classes of at most 10 samples, for a picture with a row each."""
+    classes = classes_of(args, model)
+    return torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
 
 
 def names_of(model):
@@ -731,9 +737,18 @@ def draw_samples(args, model, out):
         print(f"{out}/000000.png .. {args.count - 1:06d}.png: one file per sample")
 
 
+def draw_steps(args, model, out):
+    y, options = few(args, model), options_of(sampler(model), args)
+    scales = {"no guidance": 1.0} | ({f"cfg {args.cfg:g}": args.cfg} if args.cfg != 1 else {})
+    panels = {f"{name}, 1 to {args.steps} steps": torch.stack(
+        [sampler(model)(model, y, T, scale, **options) for T in range(1, args.steps + 1)], dim=1)
+        for name, scale in scales.items()}
+    write(picture(panels, [names_of(model)[c] for c in y.tolist()]), out / "samples.png",
+          f"a column per number of steps, 1 to {args.steps}")
+
+
 def draw_guidance(args, model, out):
-    classes = classes_of(args, model)
-    y = torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
+    y = few(args, model)
     positions = {"": {}} if isinstance(model, SiT) else {name: {"position": name} for name in POSITIONS}
     panels = {f"{name} {', '.join(f'{scale:g}' for scale in args.scales)}".strip(): torch.stack(
         [sampler(model)(model, y, args.steps, scale, **position, **options_of(sampler(model), args))
@@ -743,8 +758,7 @@ def draw_guidance(args, model, out):
 
 
 def draw_schemes(args, model, out):
-    classes, options = classes_of(args, model), options_of(sampler(model), args)
-    y = torch.tensor([classes[i % len(classes)] for i in range(min(args.count, 10))])
+    y, options = few(args, model), options_of(sampler(model), args)
     panels = {f"{decay}, {noise}": torch.stack(
         [sampler(model)(model, y, T, args.cfg, gamma=gamma, shared=shared, **options)
          for T in range(1, args.steps + 1)], dim=1)
@@ -836,6 +850,8 @@ WORDS = {
                   "two images stitched together, and what they become pass by pass, SE Fig. 9"),
     "manipulate": (draw_manipulations, f"--images --classes --r {HOW} --fresh --singles",
                    "an image decoded to each of several classes, pass by pass, SE Fig. 8"),
+    "steps": (draw_steps, f"--count --classes {HOW} --fresh --bound --project-last",
+              "the same points in 1 to T steps, without guidance and with that of --cfg, SE Fig. 5"),
     "guidance": (draw_guidance, "--count --classes --steps --scales --gamma --alpha --fresh --bound",
                  "the same points at several guidance scales; of latents, pixels or both, SE Table 9"),
     "schemes": (draw_schemes, "--count --classes --steps --cfg --position --alpha --bound --project-last",

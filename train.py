@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -329,7 +330,7 @@ def in_memory(images, targets, size):
 def export(preset, out, count=None):
     """Write a preset's images as PNG files: out/train/CLASS/000012.png and, held-out ones, out/val/CLASS/....
 
-    count    at most so many of each part, a fixed random choice; None: all
+    count    at most so many of each part, a fixed random choice from all classes in turn; None: all
     The number is the image's place in its data set. `--preset folder --data out` trains on them, fid.py reads
     them, sample.py edits them. Raises ValueError if the folder holds anything already.
     """
@@ -338,14 +339,19 @@ def export(preset, out, count=None):
         raise ValueError(f"{out} is not empty; --export needs a new folder")
     train_set, held_out, class_names = load_data(preset)
     for part, data in (("train", train_set), ("val", held_out)):
-        chosen = some(data, count or len(data)) if data is not None else []
+        order = [] if data is None else torch.randperm(len(data), generator=seeded(0)).tolist()
+        seen, turns = Counter(), {}
+        for place in order:
+            turns[place] = seen[data.targets[place]], data.targets[place]
+            seen[data.targets[place]] += 1
+        chosen = sorted(order, key=turns.get)[:count]
         for place in tqdm(chosen, desc=part, unit="image", disable=None):
             image, label = data[place]
             folder = out / part / class_names[label].replace("/", "-")              # "T-shirt/top"
             folder.mkdir(parents=True, exist_ok=True)
             to_pil(to_float(image)).save(folder / f"{place:06d}.png")
         if chosen:
-            say(f"{out / part}: {len(chosen)} images of {len(set(data.targets))} classes")
+            say(f"{out / part}: {len(chosen)} images")
 
 
 class ImageFiles(Dataset):
@@ -1466,6 +1472,9 @@ def dispatch(given):
         if misplaced := given.keys() - {"seed", "data", "device", "rae", "out"}:
             raise ValueError(f"--evaluate takes its settings from the checkpoint; "
                              f"drop {flag(min(misplaced))}")
+        if "out" in given and not {"uniformity", "memorisation"} & {*measured.get("metrics", ())}:
+            raise ValueError("--out is for the pictures of --metrics uniformity,memorisation; drop it, or "
+                             "name these")
         print_table(path, Evaluation(**measured), given.get("seed", 0), evaluate(path, **given, **measured))
     elif measured and not given.get("evaluate_every"):
         raise ValueError(f"{flag(min(measured))} belongs to --evaluate or --evaluate-every; the length of a "

@@ -11,8 +11,9 @@ from torchvision.models import convnext_small, vgg16
 import losses
 from losses import (LATENT_WEIGHT_NAMES, WEIGHT_NAMES, denoiser_consistency_ablation_loss,
                     latent_consistency_loss, latent_prediction_consistency_loss,
-                    latent_reconstruction_loss, pixel_consistency_loss, pixel_reconstruction_loss,
-                    sphere_encoder_loss, sphere_latent_loss)
+                    latent_reconstruction_loss, orthogonal_directions, pixel_consistency_loss,
+                    pixel_reconstruction_loss, sliced_wasserstein, sliced_wasserstein_loss,
+                    sphere_encoder_loss, sphere_latent_loss, sphere_quantiles)
 from spherify import add_noise, spherify
 
 WEIGHTS = (25.0, 0.0, 3.0, 0.0, 0.5)
@@ -372,3 +373,56 @@ def test_latent_loss_stays_float32_under_autocast(denoiser, latent_batch):
         distance, cosine = latent_reconstruction_loss(latent_batch[0].bfloat16(), latent_batch[0])
     assert {part.dtype for part in (loss, distance, cosine, *parts.values())} == {torch.float32}
     assert cosine.abs() < 1e-5                          # of bf16 products it would be off by 1e-3
+
+
+# ---- App. C.3 ----
+
+
+def uniform_points(n, *shape, seed=0):
+    return spherify(torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_coordinate_of_the_sphere_in_three_dimensions_is_uniform_and_in_many_gaussian():
+    expected = 3**0.5 * ((2 * torch.arange(8.0) + 1) / 8 - 1)               # Archimedes
+    torch.testing.assert_close(sphere_quantiles(8, 3).float(), expected)
+    gaussian = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(8.0) + 0.5) / 8)
+    torch.testing.assert_close(sphere_quantiles(8, 100_000).float(), gaussian, rtol=0, atol=1e-4)
+
+
+def test_directions_are_orthonormal_and_keep_the_side_of_the_gaussians_they_are_made_of():
+    gaussian = torch.randn(12, 7, generator=torch.Generator().manual_seed(1))
+    directions = orthogonal_directions(gaussian)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(7), rtol=0, atol=1e-5)
+    assert ((directions * gaussian).sum(0) > 0).all()                       # Haar: R has a positive diagonal
+    torch.testing.assert_close(directions[:, 0], gaussian[:, 0] / gaussian[:, 0].norm())
+
+
+def test_distance_to_uniform_is_that_of_sorted_projections_and_zero_at_the_quantiles():
+    z = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
+    directions = orthogonal_directions(torch.randn(6, 4, generator=torch.Generator().manual_seed(2)))
+    gaps = [sorted((z.flatten(1) @ direction).tolist()) for direction in directions.T]
+    expected = sum((t - q) ** 2 for gap in gaps for t, q in zip(gap, sphere_quantiles(5, 6).tolist())) / 20
+    assert sliced_wasserstein_loss(z, directions).item() == pytest.approx(expected, rel=1e-5)
+    at_quantiles = sphere_quantiles(9, 6)[torch.randperm(9), None]
+    assert sliced_wasserstein(at_quantiles, 6) == 0
+
+
+def test_distance_to_uniform_falls_as_one_over_n_for_uniform_points_only():
+    directions = orthogonal_directions(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))
+    few, many = (sliced_wasserstein_loss(uniform_points(n, 4, 6), directions) for n in (200, 3200))
+    assert 12 < few / many < 20
+    cap = add_noise(uniform_points(1, 4, 6).expand(3200, -1, -1), 1.0, uniform_points(3200, 4, 6, seed=1))
+    assert sliced_wasserstein_loss(cap, directions) > 100 * many            # a cloud of 45 degrees
+    assert sliced_wasserstein_loss(1.5 * uniform_points(3200, 4, 6), directions) > 100 * many     # the radius
+
+
+def test_the_sliced_wasserstein_loss_is_of_the_latent_before_its_projection(model, batch):
+    directions = orthogonal_directions(torch.randn(105, 9, generator=torch.Generator().manual_seed(3)))
+    plain, parts = sphere_encoder_loss(model, **batch, weights=WEIGHTS)
+    assert "swd" not in parts
+    loss, parts = sphere_encoder_loss(model, **batch, weights=WEIGHTS, swd_weight=0.7, directions=directions)
+    expected = sliced_wasserstein_loss(model.encode(batch["x"], batch["y"]), directions)
+    torch.testing.assert_close(parts["swd"], expected.detach())
+    torch.testing.assert_close(loss, plain + 0.7 * expected)
+    norms = gradient_norms(expected, model)
+    assert norms["encoder"] > 0 and norms["decoder"] == 0

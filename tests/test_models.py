@@ -395,6 +395,28 @@ def test_an_unconditional_model_has_no_tables_and_ignores_classes(unconditional)
 # ---- position ----
 
 
+def test_an_encoder_without_classes_is_blind_to_them_while_the_decoder_sees_them():
+    model = with_seeded_weights(SphereEncoder((12, 20), 4, 7, 4, (16, 2, 2), (24, 1, 2), 2,
+                                              encoder_classes=False))
+    x, v = torch.rand(2, 3, 12, 20), torch.randn(2, 15, 7)
+    one, two = torch.tensor([0, 1]), torch.tensor([2, 4])
+    assert torch.equal(model.encode(x, one), model.encode(x, two))
+    assert not torch.allclose(model.decode(v, one), model.decode(v, two))
+    assert not any("y_embedder" in name for name in model.encoder.state_dict())
+
+
+def test_batch_norm_gives_every_channel_mean_zero_and_variance_one_over_batch_and_tokens():
+    model = with_seeded_weights(SphereEncoder((12, 20), 4, 7, 4, (16, 2, 2), (24, 1, 2), 2, batch_norm=True))
+    x = torch.rand(6, 3, 12, 20)
+    raw = model.encode(x)                                                   # statistics 0 and 1 at first
+    z = model.train().encode(x)
+    torch.testing.assert_close(z, (raw - raw.mean((0, 1))) / raw.var((0, 1), correction=0).sqrt(), rtol=1e-3,
+                               atol=1e-3)
+    torch.testing.assert_close(model.norm.running_mean, 0.1 * raw.mean((0, 1)), rtol=1e-4, atol=1e-5)
+    assert {name for name in model.state_dict() if "norm." in name and name.startswith("norm")} == {
+        "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+
+
 def test_rope_scores_depend_on_relative_position_only():
     h, w, head_dim = 5, 7, 12
     rope = rope_table((h, w), head_dim)

@@ -11,7 +11,7 @@ import sample
 from conftest import ROOT, one_line, with_seeded_weights
 from models import SphereEncoder, convert_official
 from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct
-from spherify import add_noise, angle_to_sigma, sample_noise, spherify
+from spherify import add_noise, angle_to_sigma, sample_noise, spherify, truncate_noise
 from test_models import CFG, golden_model, released
 
 Y = torch.tensor([0, 1, 3])
@@ -109,6 +109,7 @@ def test_guided_two_step_sampling_agrees_with_the_released_system():
 @pytest.mark.parametrize("change", [
     dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=1.0), dict(shared=False), dict(seed=1),
     dict(first=1), dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])), dict(official=True),
+    dict(bound=0.5),
 ])
 def test_every_option_changes_the_result(model, change):
     base = dict(y=Y, steps=4)
@@ -120,6 +121,14 @@ def test_gamma_one_adds_no_noise_at_the_last_step(model):
     other = torch.stack([e[0], 9 * e[1]])
     one, two = (generate(model, Y, 2, gamma=1.0, shared=False, e=n) for n in (e, other))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_bound_truncates_the_start_alone(model, shared):
+    e = noise(model) if shared else noise(model, 2)
+    e[0] = truncate_noise(e[0], 0.5)
+    assert torch.equal(generate(model, Y, 2, seed=5, shared=shared, bound=0.5),
+                       generate(model, Y, 2, shared=shared, e=e[0] if shared else e))
 
 
 def test_given_noise_replaces_the_seeded_one(model):
@@ -153,6 +162,7 @@ def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model):
     (dict(y=torch.tensor([[1]])), "[[1]]"), (dict(y=torch.tensor([0.5])), "0.5"), (dict(steps=0), "0"),
     (dict(cfg=-1.0), "-1.0"), (dict(cfg=math.nan), "nan"), (dict(alpha=90.0), "90.0"),
     (dict(gamma=-1.0), "-1.0"), (dict(position="middle"), "middle"), (dict(seed=-1), "-1"),
+    (dict(bound=-2.0), "-2.0"),
     (dict(e=torch.zeros(2, 15, 7)), "[1, 2, 15, 7]"),
     (dict(e=torch.zeros(3, 15, 7), shared=False), "[1, 3, 15, 7]"),
 ])
@@ -319,7 +329,7 @@ def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(
     (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")),
     (["--gamma", "1"], dict(gamma=1.0)), (["--alpha", "60"], dict(alpha=60.0)),
     (["--seed", "9"], dict(seed=9)), (["--no-ema"], dict(ema=False)),
-    (["--classes", "3,10"], dict(y=[3, 10, 3, 10])),
+    (["--classes", "3,10"], dict(y=[3, 10, 3, 10])), (["--bound", "0.5"], dict(bound=0.5)),
 ])
 def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, options, meaning):
     run(trained, tmp_path, "--count", "4", "--steps", "2", "--singles", *options)
@@ -646,22 +656,55 @@ def test_image_files_are_resized_by_the_shorter_side_and_cropped_at_the_centre(t
     assert x.shape == (2, 3, 8, 10) and x[..., 1:-1].min() > 0.95 and x.max() <= 1
 
 
-@pytest.mark.parametrize("word, flags, shape", [
-    ("reconstruct", ["--images", "a", "b"], (2, 2)), ("interpolate", ["--rows", "2", "--frames", "3"], (2, 3)),
-    ("interpolate", ["--square", "--frames", "3", "--steps", "2"], (3, 3)),
-    ("crossover", ["--images", "a", "b", "--steps", "3"], (1, 6)),
-    ("manipulate", ["--images", "a", "--classes", "1,2,3", "--steps", "2"], (3, 3)),
-    ("schemes", ["--count", "3", "--steps", "2"], (3, 8)),
+@pytest.mark.parametrize("word, flags, shape, singles", [
+    ("reconstruct", ["--images", "a", "b", "--singles"], (2, 2), 2),
+    ("interpolate", ["--rows", "2", "--frames", "3", "--singles"], (2, 3), 6),
+    ("interpolate", ["--square", "--frames", "3", "--steps", "2"], (3, 3), 0),
+    ("crossover", ["--images", "a", "b", "--steps", "3", "--singles"], (1, 6), 4),
+    ("manipulate", ["--images", "a", "--classes", "1,2,3", "--steps", "2", "--singles"], (3, 3), 6),
+    ("schemes", ["--count", "3", "--steps", "2"], (3, 8), 0),
+    ("guidance", ["--count", "3", "--steps", "2", "--scales", "1,2"], (3, 6), 0),
+    ("steps", ["--count", "3", "--steps", "2", "--cfg", "2"], (3, 4), 0),
 ])
-def test_every_word_draws_its_picture(trained, photos, tmp_path, word, flags, shape, monkeypatch):
+def test_every_word_draws_its_picture(trained, photos, tmp_path, word, flags, shape, singles, monkeypatch):
     files = dict(zip("ab", photos))
     drawn, whole = [], sample.picture
     monkeypatch.setattr(sample, "picture", lambda panels, *rest, **more: drawn.append(panels) or
                         whole(panels, *rest, **more))
-    main([word, "--checkpoint", str(trained), "--out", str(tmp_path / "out"), *(files.get(f, f) for f in flags)])
+    main([word, "--checkpoint", str(trained), "--out", str(tmp_path / "out"),
+          *(files.get(f, f) for f in flags)])
     rows = {len(images) for images in drawn[0].values()}
     assert (rows, sum(images.shape[1] for images in drawn[0].values())) == ({shape[0]}, shape[1])
     assert (tmp_path / "out" / "samples.png").exists()
+    assert len([*(tmp_path / "out").glob("0*.png")]) == singles
+
+
+def test_guidance_is_drawn_at_every_position_with_every_scale(trained, trained_latent, tmp_path, monkeypatch):
+    drawn, whole = [], sample.picture
+    monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
+    for path in (trained, trained_latent):
+        main(["guidance", "--checkpoint", str(path), "--out", str(tmp_path / path.parent.parent.name),
+              "--count", "3", "--steps", "2", "--scales", "1,3"])
+    model = load(trained)
+    for (name, images), position in zip(drawn[0].items(), sample.POSITIONS, strict=True):
+        assert name == f"{position} 1, 3"
+        for k, scale in enumerate((1, 3)):
+            torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), 2, scale,
+                                                              position=position))
+    (images,) = drawn[1].values()
+    torch.testing.assert_close(images[:, 1], generate_latent(load(trained_latent), torch.arange(3), 2, 3))
+
+
+def test_every_number_of_steps_is_drawn_without_and_with_guidance(trained, tmp_path, monkeypatch):
+    drawn, whole = [], sample.picture
+    monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
+    main(["steps", "--checkpoint", str(trained), "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg",
+          "2", "--position", "decoder"])
+    model = load(trained)
+    for images, scale in zip(drawn[0].values(), (1.0, 2.0), strict=True):
+        for k, T in enumerate((1, 2)):
+            torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), T, scale,
+                                                              position="decoder"))
 
 
 def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
@@ -678,19 +721,22 @@ def test_every_option_of_a_crossover_reaches_its_picture(trained, photos, tmp_pa
     flags = [str(tmp_path / word) if word.endswith(".png") else word for word in flags]
     pictures = []
     for name, more in (("plain", []), ("other", flags)):
-        main(["crossover", "--checkpoint", str(trained), "--out", str(tmp_path / name), "--class", "1", "--cfg",
-              "1.5", "--images", *photos, *more])
+        main(["crossover", "--checkpoint", str(trained), "--out", str(tmp_path / name), "--class", "1",
+              "--cfg", "1.5", "--images", *photos, *more])
         pictures.append((tmp_path / name / "samples.png").read_bytes())
     assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["crossover", "--images", "a"], "two images, got 1"), (["crossover", "--images", "a", "x.png"], "x.png"),
+    (["crossover", "--images", "a"], "two images, got 1"), (["guidance", "--scales", "1,-1"], "-1"),
+    (["crossover", "--images", "a", "x.png"], "x.png"), (["generate", "--bound", "0"], "0"),
     (["crossover", "--images", "a", "b", "--mask", "round"], "'round'"),
     (["crossover", "--images", "a", "b", "--class", "11"], "11"), (["crossover"], "--images"),
-    (["crossover", "--images", "a", "b", "--r", "2"], "2.0"), (["reconstruct", "--images", "a", "--gif"], "--gif"),
-    (["manipulate", "--images", "a", "b"], "one image"), (["manipulate", "--images", "a", "--classes", "12"], "12"),
-    (["interpolate", "--frames", "0"], "--frames"), (["interpolate", "--square", "--spherical"], "great circle"),
+    (["crossover", "--images", "a", "b", "--r", "2"], "2.0"), (["interpolate", "--frames", "0"], "--frames"),
+    (["manipulate", "--images", "a", "b"], "one image"), (["steps", "--steps", "0"], "steps"),
+    (["manipulate", "--images", "a", "--classes", "12"], "12"),
+    (["reconstruct", "--images", "a", "--gif"], "--gif"),
+    (["interpolate", "--square", "--spherical"], "great circle"),
     (["interpolate", "--official"], "--official"), (["generate", "--r", "1"], "--r"), (["dream"], "dream"),
     (["crossover", "--images", "a", "b", "--steps", "0"], "steps"),
 ])
@@ -700,4 +746,5 @@ def test_mistakes_of_a_word_are_one_line_and_leave_nothing(trained, photos, tmp_
             *(files.get(word, word) for word in argv[1:])]
     with pytest.raises(SystemExit) as exit:
         main(argv)
-    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ") and not (tmp_path / "out").exists()
+    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ")
+    assert not (tmp_path / "out").exists()

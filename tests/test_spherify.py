@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, slerp, spherify,
-                      step_schedule, uniform_sigmas)
+from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, slerp,
+                      spherify, step_schedule, truncate_noise, uniform_sigmas)
 
 SHAPES = [(3, 7), (2, 5, 3), (4, 256, 8), (2, 3, 4, 5), (1, 1024, 64)]
 
@@ -283,6 +283,7 @@ def test_noise_is_standard_normal():
     (lambda: step_schedule(2.5, 1.0), "2.5"),
     (lambda: step_schedule(math.inf, 1.0), "inf"),
     (lambda: step_schedule(4, -1.0), "-1.0"),
+    (lambda: truncate_noise(torch.zeros(2), 0.0), "0.0"),
     (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
     (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)),
     (lambda: sample_noise(0, -3, 1, (2,)), "-3"),
@@ -306,3 +307,14 @@ def test_slerp_keeps_the_radius_and_turns_at_constant_speed_around_the_whole_sph
     assert (points[2].norm(dim=2) - v0.norm(dim=2)).abs().max() > 0.01      # no token keeps its own radius
     weights = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(slerp(v0, v1, weights)[1], slerp(v0, v1, 0.5)[1])
+
+
+def test_truncated_noise_keeps_every_numbers_rank_within_the_truncated_normal():
+    e = normal(50_000).double()
+    for bound in (0.1, 1.0, 3.0):
+        moved = truncate_noise(e, bound)
+        expected = stats.truncnorm(-bound, bound).ppf(stats.norm.cdf(e.numpy()))
+        np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-9)
+        assert moved.abs().max() <= bound
+    torch.testing.assert_close(truncate_noise(e, 40.0), e, rtol=0, atol=1e-9)
+    assert truncate_noise(e[:2].float(), 1.0).dtype == torch.float32

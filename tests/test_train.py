@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ import train
 from conftest import ROOT, TINY, TINY_FLAGS, TINY_LATENT, one_line
 from losses import LPIPS, sphere_encoder_loss, sphere_latent_loss
 from sample import load, pick_device, read_checkpoint
-from spherify import logit_normal_sigmas
+from spherify import logit_normal_sigmas, spherify
 from test_fid import seeded_inception
 from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
                    update_ema)
@@ -454,13 +455,16 @@ def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
     assert all(tensor.dtype == torch.float32 for part in ("model", "ema") for tensor in stored[part].values())
 
 
-def test_two_processes_evaluate_as_one(trained):
-    one = evaluate(trained, count=230, steps=(2,))
-    result = torchrun(2, "--evaluate", trained, "--count", "230", "--steps", "2", "--device", "cpu")
+def test_two_processes_evaluate_as_one(trained, tmp_path):
+    words = ("pixels", "uniformity", "memorisation")
+    one = evaluate(trained, count=230, steps=(2,), metrics=words, out=tmp_path)
+    result = torchrun(2, "--evaluate", trained, "--count", "230", "--steps", "2", "--device", "cpu", "--out",
+                      tmp_path / "two", "--metrics", ",".join(words))
     assert result.returncode == 0, result.stderr
-    table = [line.split() for line in result.stdout.splitlines()]
-    assert ([row[2] for row in table if row[:2] == ["Fréchet", "distance"]]
-            == [f"{one['Fréchet distance']['2 steps']:.4f}"])
+    rows = {line[:20].strip(): line[20:].split() for line in result.stdout.splitlines()}
+    for name in ("Fréchet distance", "uniformity, 3", "uniformity, all", "nearest or mirrored"):
+        assert rows[name] == [f"{number:.4f}" for number in one[name].values()]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"memorisation.png", "uniformity.png"}
 
 
 def test_one_process_reports_a_mistake_of_all(tmp_path):
@@ -839,8 +843,16 @@ def test_guidance_reaches_the_samples_that_are_judged(trained):
 def test_the_sampling_scheme_reaches_the_samples_that_are_judged(kind, request):
     path, own = request.getfixturevalue(kind), dict(gamma=0.0 if kind == "trained" else 1.0, fresh=False)
     rows = [evaluate(path, count=20, steps=(3,), **scheme)["Fréchet distance"]["3 steps"]
-            for scheme in ({}, own, dict(gamma=0.5), dict(fresh=True))]
-    assert rows[0] == rows[1] and len(set(rows)) == 3
+            for scheme in ({}, own, dict(gamma=0.5), dict(fresh=True), dict(bound=0.5))]
+    assert rows[0] == rows[1] and len(set(rows)) == 4
+    guided = dict(count=20, steps=(1,), cfg=2.0)
+    if kind == "trained":
+        rows = [evaluate(path, **guided, position=position)["Fréchet distance"]["1 step"]
+                for position in ("combo", "encoder", "decoder")]
+        assert len(set(rows)) == 3
+    else:
+        with pytest.raises(ValueError, match="--position is no option"):
+            evaluate(path, **guided, position="decoder")
 
 
 def test_truncated_samples_are_darker(trained):
@@ -856,9 +868,11 @@ def test_evaluation_options_reach_the_evaluation(trained, monkeypatch):
     main(["--evaluate", str(trained), *"--cfg 0 --seed 0 --count 7 --steps 2,3 --data d --truncate".split()])
     main(["--evaluate", str(trained), *"--metrics fid,rfid --features pixels --reference r.npz".split()])
     main(["--evaluate", str(trained), "--gamma", "0.5", "--fresh"])
+    main(["--evaluate", str(trained), *"--bound 2 --position decoder --metrics uniformity --out p".split()])
     assert seen == [{}, dict(cfg=0.0, seed=0, count=7, steps=(2, 3), data="d", truncate=True),
                     dict(metrics=("fid", "rfid"), features="pixels", reference="r.npz"),
-                    dict(gamma=0.5, fresh=True)]
+                    dict(gamma=0.5, fresh=True),
+                    dict(bound=2.0, position="decoder", metrics=("uniformity",), out=Path("p"))]
 
 
 def test_training_keeps_the_best_checkpoint_and_is_not_changed_by_its_evaluations(tmp_path, monkeypatch):
@@ -918,6 +932,26 @@ def test_stored_statistics_of_the_training_images_replace_them(photos_run, folde
     assert sides == pytest.approx(2 * direct + 2 * 768, rel=1e-3)
 
 
+def test_uniformity_tells_a_uniform_encoder_from_a_collapsed_one(trained, monkeypatch):
+    data, generator, seen = load_data(TINY)[0], torch.Generator().manual_seed(0), []
+
+    def uniform(model, x, y):
+        seen.extend(y.tolist())
+        return spherify(torch.randn(len(x), *model.latent_shape, generator=generator))
+
+    monkeypatch.setattr(train, "to_sphere", uniform)
+    rows = evaluate(trained, metrics=("uniformity",))
+    assert seen == data.targets                                         # every image with its own class
+    assert list(rows) == [f"uniformity, {name}" for name in [*"0123456789", "all"]]
+    for row in rows.values():
+        assert row["encoded"] == pytest.approx(row["uniform"], rel=0.15)
+    assert rows["uniformity, all"]["uniform"] < 0.5 * rows["uniformity, 3"]["uniform"]      # more points
+    point = spherify(torch.randn(1, 16, 4, generator=generator))
+    monkeypatch.setattr(train, "to_sphere", lambda model, x, y: point.expand(len(x), -1, -1))
+    for row in evaluate(trained, metrics=("uniformity",)).values():
+        assert row["encoded"] == pytest.approx(2**0.5, rel=0.01)        # |v|^2 / L + 1 along a whole basis
+
+
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
     """The measures can fail: 'samples' that copy the training set are all near it, and judged right."""
     data = load_data(TINY)[0]
@@ -928,9 +962,11 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
         return torch.stack([data[place][0] for place in places]) / 127.5 - 1
 
     monkeypatch.setattr(train, "sampler", lambda model: copies)
-    rows = evaluate(trained, count=1000, steps=(1,))
+    rows = evaluate(trained, count=1000, steps=(1,), metrics=("pixels", "memorisation"))
     assert rows["nearest"]["1 step"] < 0.01 and rows["judged right"]["1 step"] > 0.99
     assert rows["Fréchet distance"]["1 step"] < 0.5
+    assert rows["nearest or mirrored"]["1 step"] < 0.01 and rows["near-duplicates"]["1 step"] == 1.0
+    assert rows["near-duplicates"]["real held-out"] < 0.05
 
 
 # ---- bad input ----
@@ -948,7 +984,11 @@ def test_real_training_images_score_as_memorised(trained, monkeypatch):
     (["--preset", "folder", "--data", "nowhere"], "nowhere"), (["--no-such-flag"], "--no-such-flag"),
     (["--resume"], "last.pt"), (["--stratified", "--batch-size", "2"], "2"),
     (["--checkpoint-every", "0"], "0"), (["--clip", "inf"], "inf"), (["--betas", "0.9"], "(0.9,)"),
-    (["--betas", "0.9,1"], "1.0"), (["--evaluate", "nowhere.pt"], "drop --out"), (["--workers", "-1"], "-1"),
+    (["--betas", "0.9,1"], "1.0"), (["--evaluate", "nowhere.pt"], "drop it"), (["--workers", "-1"], "-1"),
+    (["--batch-norm", "--accumulate", "2"], "--accumulate"), (["--swd-weight", "-1"], "-1"),
+    (["--batch-norm", "--activation-checkpointing"], "--activation-checkpointing"),
+    (["--evaluate-every", "1", "--calibration", "none"], "--batch-norm"), (["--bound", "1"], "--bound"),
+    (["--export", "files"], "drop --out"),
     (["--steps", "5000"], "--iterations"), (["--count", "3"], "--count"), (["--cfg", "2"], "--cfg"),
     (["--encoder-size", "16,1"], "(16, 1)"), (["--image-size", "1", "--patch-size", "1"], "pixel head"),
     (["--perceptual", "none", "--preset", "folder"], "--weights 1,0"), (["--precision", "fp8"], "fp8"),
@@ -997,7 +1037,9 @@ def test_bad_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypat
     (["--convention", "clean"], "clean"), (["--metrics", "is", "--features", "pixels"], "fid,pr"),
     (["--metrics", "fid", "--features", "resnet51"], "resnet51"),
     (["--metrics", "fid", "--features", "pixels", "--reference", "nowhere.npz"], "nowhere.npz"),
-    (["--evaluate-every", "1"], "--evaluate-every"),
+    (["--evaluate-every", "1"], "--evaluate-every"), (["--calibration", "reference"], "--batch-norm"),
+    (["--bound", "0"], "0"), (["--position", "middle"], "middle"), (["--out", "x"], "uniformity"),
+    (["--metrics", "uniformity", "--features", "pixels"], "--features"),
 ])
 def test_bad_evaluation_options_are_one_line(trained, capsys, options, named):
     with pytest.raises(SystemExit) as exit:
@@ -1021,6 +1063,90 @@ def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(unbroken, tmp_path, c
         main(["--out", str(tmp_path / "run"), *LONGER_FLAGS])
     assert exit.value.code == 2 and "already holds a run" in one_line(capsys, "train.py: ")
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_exported_images_are_those_of_the_data_set_and_can_be_trained_on(tmp_path, capsys):
+    out = tmp_path / "files"
+    main(["--export", str(out), "--count", "40"])
+    originals = load_data(TINY)
+    files = load_data(replace(TINY, dataset="folder", data=str(out)))
+    assert len(files[0]) == len(files[1]) == 40 and files[2] == originals[2]
+    for data, original in zip(files[:2], originals[:2]):
+        for i in (0, 7, 39):
+            image, label = data[i]
+            place = int(Path(data.paths[i]).stem)
+            assert torch.equal(image, original[place][0]) and int(files[2][label]) == original[place][1]
+    before = sorted(out.rglob("*"))
+    with pytest.raises(SystemExit):
+        main(["--export", str(out)])
+    assert "files is not empty" in one_line(capsys, "train.py: ") and sorted(out.rglob("*")) == before
+
+
+# ---- App. C.3, C.4 ----
+
+
+REGULARISED = replace(LONGER, batch_norm=True, swd_weight=0.1, encoder_classes=False)
+
+
+@pytest.fixture(scope="module")
+def regularised(tmp_path_factory):
+    return train.train(REGULARISED, tmp_path_factory.mktemp("regularised") / "run", seed=1)
+
+
+def test_a_regularised_run_resumes_exactly_and_its_evaluations_change_nothing(regularised, tmp_path,
+                                                                              monkeypatch):
+    evaluation = train.Evaluation(count=20, steps=(2,), calibration="generated")
+    every = dict(evaluate_every=3 * 8 / 1500, evaluation=evaluation)
+
+    def dies(path, checkpoint, save=train.save_checkpoint):
+        if path.name == "last.pt" and checkpoint["step"] == 8:
+            raise RuntimeError("killed")
+        save(path, checkpoint)
+    monkeypatch.setattr(train, "save_checkpoint", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train(REGULARISED, tmp_path / "run", seed=1, **every)
+    monkeypatch.undo()
+    last = train.train(REGULARISED, tmp_path / "run", seed=1, resume=True, **every)
+    one, two = (read_checkpoint(path) for path in (last, regularised))
+    for part in ("model", "ema"):
+        assert all(torch.equal(tensor, two[part][name]) for name, tensor in one[part].items())
+        assert one[part]["norm.running_mean"].abs().max() > 0
+        assert torch.equal(one[part]["norm.running_var"], two["model"]["norm.running_var"])
+    assert all(line["swd"] > 0 for line in log_lines(last.parent))
+
+
+def test_calibrations_replace_the_statistics_of_a_batch_norm_and_leave_the_model_alone(regularised):
+    data, held_out, _ = load_data(TINY)
+    model = load(regularised)
+    stored = model.norm.running_mean.clone()
+    distances = []
+    for how in (None, "none", "reference", "generated"):
+        measure = train.Evaluator(train.Evaluation(count=20, steps=(2,), calibration=how), data, held_out,
+                                  torch.device("cpu"))
+        distances.append(measure(model)["Fréchet distance"]["2 steps"])
+        assert torch.equal(model.norm.running_mean, stored) and not model.norm.training
+        if how in ("reference", "generated"):
+            assert not measure.calibrated(model, 0, {}).norm.training
+        if how == "reference":
+            norm, model.norm = model.norm, None
+            raw = model.encode(sample.to_float(torch.stack([x for x, _ in data])))
+            model.norm = norm
+            torch.testing.assert_close(measure.calibrated(model, 0, {}).norm.running_mean, raw.mean((0, 1)),
+                                       rtol=1e-3, atol=1e-4)
+        if how == "none":                                   # every batch by itself
+            loose = measure.calibrated(model, 0, {})
+            torch.testing.assert_close(loose.encode(torch.rand(9, 3, 16, 16)).mean((0, 1)), torch.zeros(4),
+                                       rtol=0, atol=1e-5)
+    assert len(set(distances)) == 4
+
+
+def test_a_batch_norm_of_several_processes_needs_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="several processes on a CPU"):
+        train.check_batch_norm(REGULARISED, 2, 1, False)
+    train.check_batch_norm(TINY, 2, 2, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    train.check_batch_norm(REGULARISED, 2, 1, False)
 
 
 # ---- Sphere Latent Encoder ----
