@@ -749,7 +749,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                             generator=seeded(seed))         # iterated once, so its workers persist
         window, began = [], time.time()
         with tqdm(total=total, initial=start, desc=out.name, unit="it", mininterval=1,
-                  disable=rank > 0) as bar:
+                  disable=rank > 0 or None) as bar:          # None: no bar in a file or a notebook
             for step, (images, labels) in zip(steps, loader):
                 rate = learning_rate(preset, step, total)
                 for group in optimizer.param_groups:
