@@ -1,5 +1,6 @@
 """The README's commands, names and tables are checked against the code."""
 
+import json
 import math
 import re
 import shlex
@@ -40,6 +41,7 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
             train.check_preset(preset, processes, given.get("accumulate", 1))))
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     monkeypatch.setattr(train, "list_presets", lambda: calls.append("list"))
+    monkeypatch.setattr(train, "export", lambda *args: calls.append("export"))
     assert train.main(argv) is None and len(calls) == 1
 
 
@@ -82,3 +84,27 @@ def test_every_file_that_the_readme_shows_exists():
     assert len(paths) > 6
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_kept_executed_whole_and_small(path):
+    assert path.stat().st_size < 1e6 and f"notebooks/{path.name}" in README
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+
+
+def test_sections_of_notebooks_that_the_readme_names_exist():
+    headings = {n: [line for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+                    for line in "".join(cell["source"]).splitlines() if line.startswith("## ")]
+                for n, path in enumerate(sorted((ROOT / "notebooks").glob("*.ipynb")), 1)}
+    named = 0
+    for cell in re.findall(r"^\| SL?E .*?\|.*?\|(.*?)\|", README, re.M):
+        for part in cell.split(";"):
+            number = re.match(r"\s*(\d), ", part)
+            for title in re.findall(r'"(.*?)"', part) if number else ():
+                named += 1
+                assert any(title in heading for heading in headings[int(number[1])]), (number[1], title)
+    assert named > 15
