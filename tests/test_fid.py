@@ -341,15 +341,16 @@ def test_neighbours_come_in_order_with_their_places():
 def test_copies_and_mirrored_copies_are_near_duplicates_and_new_images_are_none():
     generator = torch.Generator().manual_seed(0)
     train, new, held_out = torch.randint(256, (3, 20, 3, 5, 6), dtype=torch.uint8, generator=generator)
+    train[9, ..., 3:] = train[9, ..., :3].flip(-1)                          # its own mirror image
     real = torch.stack([fid.pixel_features(train), fid.pixel_features(train.flip(-1))])
-    sets = {"copies": torch.cat([train[4:8], train[:2].flip(-1)]), "new": new, "real held-out": held_out}
+    sets = {"copies": torch.cat([train[4:8], train[:2].flip(-1), train[9:10]]), "new": new, "real held-out": held_out}
     sets["half"] = torch.cat([train[:10], new[:10]])
     rows, found = fid.memorisation(sets, real, k=3)
     assert rows["near-duplicates"] == {"copies": 1.0, "new": 0.0, "real held-out": 0.0, "half": 0.5}
     assert rows["nearest or mirrored"]["copies"] < 1e-6 and rows["nearest or mirrored"]["real held-out"] == 1
     ratio, places, mirrored = found["copies"]
-    assert places[:, 0].tolist() == [4, 5, 6, 7, 0, 1] and ratio.max() < 1e-6
-    assert mirrored[:, 0].tolist() == [False] * 4 + [True] * 2
+    assert places[:, 0].tolist() == [4, 5, 6, 7, 0, 1, 9] and ratio.max() < 1e-6
+    assert mirrored[:6, 0].tolist() == [False] * 4 + [True] * 2
     for row, flips, image in zip(places, mirrored, fid.pixel_features(sets["copies"])):
         assert len(set(row.tolist())) == 3                                  # an image once, not once a side
         best = torch.cdist(image[None], real.flatten(0, 1)).view(2, 20).amin(0).sort().values[:3]

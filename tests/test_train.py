@@ -25,7 +25,7 @@ import models
 import sample
 import train
 from conftest import ROOT, TINY, TINY_FLAGS, TINY_LATENT, one_line
-from losses import LPIPS, sphere_encoder_loss, sphere_latent_loss
+from losses import LPIPS, sliced_wasserstein, sphere_encoder_loss, sphere_latent_loss
 from sample import load, pick_device, read_checkpoint
 from spherify import logit_normal_sigmas, spherify
 from test_fid import seeded_inception
@@ -1085,7 +1085,7 @@ def test_exported_images_are_those_of_the_data_set_and_can_be_trained_on(tmp_pat
 # ---- App. C.3, C.4 ----
 
 
-REGULARISED = replace(LONGER, batch_norm=True, swd_weight=0.1, encoder_classes=False)
+REGULARISED = replace(LONGER, batch_norm=True, swd_weight=0.1, encoder_classes=False, use_ema=False)
 
 
 @pytest.fixture(scope="module")
@@ -1095,7 +1095,7 @@ def regularised(tmp_path_factory):
 
 def test_a_regularised_run_resumes_exactly_and_its_evaluations_change_nothing(regularised, tmp_path,
                                                                               monkeypatch):
-    evaluation = train.Evaluation(count=20, steps=(2,), calibration="generated")
+    evaluation = train.Evaluation(count=20, steps=(2,))
     every = dict(evaluate_every=3 * 8 / 1500, evaluation=evaluation)
 
     def dies(path, checkpoint, save=train.save_checkpoint):
@@ -1328,13 +1328,18 @@ def test_a_denoiser_trains_on_rae_latents_and_its_checkpoint_finds_the_rae_again
 
 
 def test_samples_of_a_denoiser_are_evaluated_on_its_tokenizers_images(trained_latent, tiny_tokenizer):
-    rows = evaluate(trained_latent, count=20, steps=(1, 2))
+    rows = evaluate(trained_latent, count=20, steps=(1, 2), metrics=("pixels", "uniformity",
+                                                                     "memorisation"))
     mse = rows["reconstruction MSE"]["real held-out"]
     held_out = train.stacked(load_data(TINY)[1], 10_000)[0].float() / 127.5 - 1
     tokenizer = models.SphereTokenizer(load(tiny_tokenizer))
     expected = (tokenizer.decode(tokenizer.encode(held_out)) - held_out).square().mean().item()
     assert mse == pytest.approx(expected, rel=1e-4)
     assert rows["Fréchet distance"]["1 step"] != rows["Fréchet distance"]["2 steps"]
+    assert rows["nearest or mirrored"]["2 steps"] > 0.5
+    z = tokenizer.encode(sample.to_float(load_data(TINY)[0].tensors[0]))                     # of the tokenizer
+    along = spherify(z).flatten(1) @ train.random_directions(load(trained_latent), 0)
+    assert rows["uniformity, all"]["encoded"] == pytest.approx(sliced_wasserstein(along, 64) ** 0.5, rel=1e-4)
 
 
 def test_tokenizers_that_do_not_fit_are_one_line(trained_latent, tiny_tokenizer, tmp_path, capsys):
