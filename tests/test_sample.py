@@ -679,28 +679,28 @@ def test_every_word_draws_its_picture(trained, photos, tmp_path, word, flags, sh
     assert len([*(tmp_path / "out").glob("0*.png")]) == singles
 
 
-def test_guidance_is_drawn_at_every_position_with_every_scale(trained, trained_latent, tmp_path, monkeypatch):
+def test_guidance_is_drawn_at_every_position_with_every_scale(model, denoiser, tmp_path, monkeypatch):
     drawn, whole = [], sample.picture
     monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
-    for path in (trained, trained_latent):
-        main(["guidance", "--checkpoint", str(path), "--out", str(tmp_path / path.parent.parent.name),
-              "--count", "3", "--steps", "2", "--scales", "1,3"])
-    model = load(trained)
+    for name, loaded in (("a", model), ("b", denoiser)):
+        loaded.class_names = list("abcd")
+        monkeypatch.setattr(sample, "load", lambda *args: loaded)
+        main(["guidance", "--out", str(tmp_path / name), "--count", "3", "--steps", "2", "--scales", "1,3"])
     for (name, images), position in zip(drawn[0].items(), sample.POSITIONS, strict=True):
         assert name == f"{position} 1, 3"
         for k, scale in enumerate((1, 3)):
             torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), 2, scale,
                                                               position=position))
     (images,) = drawn[1].values()
-    torch.testing.assert_close(images[:, 1], generate_latent(load(trained_latent), torch.arange(3), 2, 3))
+    torch.testing.assert_close(images[:, 1], generate_latent(denoiser, torch.arange(3), 2, 3))
 
 
-def test_every_number_of_steps_is_drawn_without_and_with_guidance(trained, tmp_path, monkeypatch):
+def test_every_number_of_steps_is_drawn_without_and_with_guidance(model, tmp_path, monkeypatch):
     drawn, whole = [], sample.picture
     monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
-    main(["steps", "--checkpoint", str(trained), "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg",
-          "2", "--position", "decoder"])
-    model = load(trained)
+    model.class_names = list("abcd")
+    monkeypatch.setattr(sample, "load", lambda *args: model)
+    main(["steps", "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg", "2", "--position", "decoder"])
     for images, scale in zip(drawn[0].values(), (1.0, 2.0), strict=True):
         for k, T in enumerate((1, 2)):
             torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), T, scale,

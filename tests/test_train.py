@@ -932,6 +932,13 @@ def test_stored_statistics_of_the_training_images_replace_them(photos_run, folde
     assert sides == pytest.approx(2 * direct + 2 * 768, rel=1e-3)
 
 
+def test_uniform_points_are_drawn_along_fewer_directions_than_they_have():
+    seen = train.uniform_along(40_000, 4, 10, 0)
+    assert seen.shape == (40_000, 4)
+    assert seen.square().mean().item() == pytest.approx(1, rel=0.02)
+    assert seen.pow(4).mean().item() == pytest.approx(3 * 10 / 12, rel=0.03)    # 3 L / (L + 2) on the sphere
+
+
 def test_uniformity_tells_a_uniform_encoder_from_a_collapsed_one(trained, monkeypatch):
     data, generator, seen = load_data(TINY)[0], torch.Generator().manual_seed(0), []
 
@@ -1339,7 +1346,8 @@ def test_samples_of_a_denoiser_are_evaluated_on_its_tokenizers_images(trained_la
     assert rows["nearest or mirrored"]["2 steps"] > 0.5
     z = tokenizer.encode(sample.to_float(load_data(TINY)[0].tensors[0]))                     # of the tokenizer
     along = spherify(z).flatten(1) @ train.random_directions(load(trained_latent), 0)
-    assert rows["uniformity, all"]["encoded"] == pytest.approx(sliced_wasserstein(along, 64) ** 0.5, rel=1e-4)
+    assert rows["uniformity, all"]["encoded"] == pytest.approx(sliced_wasserstein(along, 64).item() ** 0.5,
+                                                               rel=1e-4)
 
 
 def test_tokenizers_that_do_not_fit_are_one_line(trained_latent, tiny_tokenizer, tmp_path, capsys):
