@@ -59,6 +59,11 @@ def add_noise(v, sigma, e):
         return spherify(v_float + sigma * e.to(v_float.dtype)).to(v.dtype)
 
 
+def angle_between(v0, v1):
+    """Angle in degrees between points of the sphere, whole latents [B, ...] -> [B]."""
+    return torch.rad2deg(F.cosine_similarity(v0.flatten(1), v1.flatten(1)).clamp(-1, 1).acos())
+
+
 def slerp(v0, v1, weight):
     """Points of the great circle through v0 and v1, at equal angles for equal steps of the weight.
 
@@ -70,7 +75,7 @@ def slerp(v0, v1, weight):
     """
     broad = [-1] + [1] * (v0.ndim - 1)
     weight = torch.as_tensor(weight, dtype=v0.dtype, device=v0.device).reshape(broad)
-    angle = F.cosine_similarity(v0.flatten(1), v1.flatten(1)).acos().reshape(broad)          # [B, 1, ...]
+    angle = torch.deg2rad(angle_between(v0, v1)).reshape(broad)                              # [B, 1, ...]
     return (((1 - weight) * angle).sin() * v0 + (weight * angle).sin() * v1) / angle.sin()
 
 

@@ -343,7 +343,8 @@ def test_copies_and_mirrored_copies_are_near_duplicates_and_new_images_are_none(
     train, new, held_out = torch.randint(256, (3, 20, 3, 5, 6), dtype=torch.uint8, generator=generator)
     train[9, ..., 3:] = train[9, ..., :3].flip(-1)                          # its own mirror image
     real = torch.stack([fid.pixel_features(train), fid.pixel_features(train.flip(-1))])
-    sets = {"copies": torch.cat([train[4:8], train[:2].flip(-1), train[9:10]]), "new": new, "real held-out": held_out}
+    copies = torch.cat([train[4:8], train[:2].flip(-1), train[9:10]])
+    sets = {"copies": copies, "new": new, "real held-out": held_out}
     sets["half"] = torch.cat([train[:10], new[:10]])
     rows, found = fid.memorisation(sets, real, k=3)
     assert rows["near-duplicates"] == {"copies": 1.0, "new": 0.0, "real held-out": 0.0, "half": 0.5}

@@ -700,7 +700,8 @@ def test_every_number_of_steps_is_drawn_without_and_with_guidance(model, tmp_pat
     monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
     model.class_names = list("abcd")
     monkeypatch.setattr(sample, "load", lambda *args: model)
-    main(["steps", "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg", "2", "--position", "decoder"])
+    main(["steps", "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg", "2", "--position",
+          "decoder"])
     for images, scale in zip(drawn[0].values(), (1.0, 2.0), strict=True):
         for k, T in enumerate((1, 2)):
             torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), T, scale,

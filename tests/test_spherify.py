@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from spherify import (add_noise, angle_to_sigma, logit_normal_sigmas, sample_noise, sigma_to_angle, slerp,
-                      spherify, step_schedule, truncate_noise, uniform_sigmas)
+from spherify import (add_noise, angle_between, angle_to_sigma, logit_normal_sigmas, sample_noise,
+                      sigma_to_angle, slerp, spherify, step_schedule, truncate_noise, uniform_sigmas)
 
 SHAPES = [(3, 7), (2, 5, 3), (4, 256, 8), (2, 3, 4, 5), (1, 1024, 64)]
 
@@ -307,6 +307,16 @@ def test_slerp_keeps_the_radius_and_turns_at_constant_speed_around_the_whole_sph
     assert (points[2].norm(dim=2) - v0.norm(dim=2)).abs().max() > 0.01      # no token keeps its own radius
     weights = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(slerp(v0, v1, weights)[1], slerp(v0, v1, 0.5)[1])
+
+
+def test_angles_are_those_of_whole_latents_and_never_nan():
+    v = spherify(normal(4, 5, 7))
+    turned = torch.stack([v[0], -v[1], v[2].flip(0), v[3] + 0])
+    angles = angle_between(v, turned)
+    cosine = (v[2] * v[2].flip(0)).sum() / 35
+    torch.testing.assert_close(angles, torch.tensor([0, 180, math.degrees(math.acos(cosine)), 0]), rtol=1e-4,
+                               atol=0.1)
+    assert angles.isfinite().all()
 
 
 def test_truncated_noise_keeps_every_numbers_rank_within_the_truncated_normal():

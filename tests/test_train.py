@@ -1344,7 +1344,7 @@ def test_samples_of_a_denoiser_are_evaluated_on_its_tokenizers_images(trained_la
     assert mse == pytest.approx(expected, rel=1e-4)
     assert rows["Fréchet distance"]["1 step"] != rows["Fréchet distance"]["2 steps"]
     assert rows["nearest or mirrored"]["2 steps"] > 0.5
-    z = tokenizer.encode(sample.to_float(load_data(TINY)[0].tensors[0]))                     # of the tokenizer
+    z = tokenizer.encode(sample.to_float(load_data(TINY)[0].tensors[0]))
     along = spherify(z).flatten(1) @ train.random_directions(load(trained_latent), 0)
     assert rows["uniformity, all"]["encoded"] == pytest.approx(sliced_wasserstein(along, 64).item() ** 0.5,
                                                                rel=1e-4)
