@@ -49,8 +49,8 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
               at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE
               App. C.1
-    bound     truncate the seeded noise of the first step to [-bound, bound]; None leaves it Gaussian. SE
-              App. C.6
+    bound     truncate the noise of the first step to [-bound, bound]; None leaves it Gaussian. SE App. C.6.
+              Later steps keep the whole one, shared or not (assumed: it would be shorter than sigma says)
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
     e         [B, N, d] noise in place of the seeded one; one of these per draw, stacked, if there are several
     official  as the official code, where it departs from the paper: shared noise is shared by steps 2..T only
@@ -289,13 +289,14 @@ def _noise_of_steps(model, y, steps, shared, official, seed, first, e, bound=Non
     draws = min(steps, 2 if official else 1) if shared else steps
     if e is None:
         e = sample_noise(seed, first, len(y), model.latent_shape, draws)
-        if bound is not None:
-            e[0] = truncate_noise(e[0], bound)
     e = (e[None] if e.ndim == 3 else e).to(y.device)                                       # [draws, B, N, d]
     expected = [draws, len(y), *model.latent_shape]
     if list(e.shape) != expected:
         raise ValueError(f"e must be {expected[draws == 1:]}, got {list(e.shape)}")
-    return e[torch.arange(steps).clamp(max=draws - 1)]
+    e = e[torch.arange(steps).clamp(max=draws - 1)]
+    if bound is not None:
+        e[0] = truncate_noise(e[0], bound)
+    return e
 
 
 def _guidance_scales(cfg, position, conditional):
