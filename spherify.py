@@ -1,6 +1,6 @@
 """The sphere: projection, noise and schedules of the Sphere Encoder and the Sphere Latent Encoder.
 
-SE  = "Image Generation with a Sphere Encoder", arXiv 2602.15030, Sec. 2.1, 2.2, 6 and App. C.2
+SE  = "Image Generation with a Sphere Encoder", arXiv 2602.15030, Sec. 2.1, 2.2, 6 and App. C.2, C.6
 SLE = "Sphere Latent Encoder", arXiv 2605.15592, Sec. 4.3
 
 A latent is one point: all its tokens and channels together form a vector of length L = N * d on the

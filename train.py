@@ -1,10 +1,11 @@
-"""Training and evaluation of both papers' models. SE Sec. 2.3, 3, App. C.2, D; SLE Sec. 4, 5.
+"""Training and evaluation of both papers' models. SE Sec. 2.3, 3, 4, App. B-D; SLE Sec. 4, 5.
 
     python train.py                                                   # handwritten digits, in minutes
     python train.py --preset digits-latent                            # the same with a Sphere Latent Encoder
     python train.py --preset folder --data photos --out out/photos    # any folder of class folders
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
     python train.py --evaluate out/digits/last.pt
+    python train.py --export out/real --count 100                     # real images as files
 """
 
 import argparse
@@ -106,7 +107,8 @@ class Preset:
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES)
                             + "; with a tokenizer: " + " ".join(LATENT_WEIGHT_NAMES))
-    swd_weight: float = option(0.0, "of the sliced Wasserstein loss, App. C.3; 0 = off", 0)
+    swd_weight: float = option(0.0, "of the sliced Wasserstein loss, App. C.3, of every process's micro-batch "
+                                    "by itself; 0 = off", 0)
     perceptual: str = option("lpips-vgg", f"perceptual distance: {', '.join(PERCEPTUAL)}")
     class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
