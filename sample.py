@@ -1,4 +1,4 @@
-"""Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1, C.6; SLE Sec. 4.4.
+"""Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1, C.6; SLE 4.4.
 
     python sample.py --checkpoint out/digits/last.pt --out out/samples --steps 4
     python sample.py --checkpoint out/digits/last.pt --out out/sevens --classes 7 --cfg 1.5 --singles
