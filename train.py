@@ -107,8 +107,8 @@ class Preset:
 
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1), "loss weights: " + " ".join(WEIGHT_NAMES)
                             + "; with a tokenizer: " + " ".join(LATENT_WEIGHT_NAMES))
-    swd_weight: float = option(0.0, "of the sliced Wasserstein loss, App. C.3, of every process's micro-batch "
-                                    "by itself; 0 = off", 0)
+    swd_weight: float = option(0.0, "of the sliced Wasserstein loss, App. C.3, of every process's "
+                                    "micro-batch by itself; 0 = off", 0)
     perceptual: str = option("lpips-vgg", f"perceptual distance: {', '.join(PERCEPTUAL)}")
     class_dropout: float = option(0.1, "probability of the null class, for each pass of each image", 0, 1)
 
