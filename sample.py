@@ -491,6 +491,7 @@ def sphere_picture(points):
         x, y, z = cloud[:2000].T
         axes.scatter(x, y, z, s=3, color="tab:blue")                            # paler where further away
         axes.set_title(f"{title}\n{len(cloud[:2000])} points", fontsize=10)
+        axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         axes.set_box_aspect((1, 1, 1), zoom=1.6)
         axes.set_axis_off()
     return figure
