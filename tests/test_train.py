@@ -962,6 +962,12 @@ def test_uniformity_tells_a_uniform_encoder_from_a_collapsed_one(trained, monkey
         assert row["encoded"] == pytest.approx(2**0.5, rel=0.01)        # |v|^2 / L + 1 along a whole basis
 
 
+def test_a_sphere_is_drawn_whole_and_round_where_its_points_cover_a_part():
+    points = torch.nn.functional.normalize(torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    for axes in train.sphere_picture({"cap": points[points[:, 0] > 0.6], "all": points}).axes:
+        assert axes.get_xlim() == axes.get_ylim() == axes.get_zlim() == (-1, 1)
+
+
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
     """The measures can fail: 'samples' that copy the training set are all near it, and judged right."""
     data = load_data(TINY)[0]
