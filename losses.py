@@ -9,10 +9,13 @@ import math
 import warnings
 from functools import lru_cache
 
+import lpips
 import torch
 from scipy.special import betaincinv
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import convnext_small
+from torchvision.transforms.functional import normalize
 
 from models import pretrained
 from spherify import add_noise, at_least_float32, spherify
@@ -113,22 +116,16 @@ def sliced_wasserstein_loss(z, directions):
 
     z           [B, N, d]  latents, before f (the paper's choice) or after
     directions  [L, M]     see orthogonal_directions
-    returns     scalar, in units of a latent's element; see sliced_wasserstein
+    returns     scalar, in units of a latent's element
+
+    In one dimension the nearest arrangement is the sorted one: the k-th smallest projection belongs to the
+    (k - 1/2) / B quantile of a coordinate of the uniform distribution, which is exact, not drawn. So the
+    result falls as 1 / B for B uniform points, but is not 0.
     """
     with torch.autocast(z.device.type, enabled=False):
         projections = at_least_float32(z).flatten(1) @ directions                                     # [B, M]
-        return sliced_wasserstein(projections, len(directions))
-
-
-def sliced_wasserstein(projections, L):
-    """The same of projections [n, M] of n latents of length L onto M directions.
-
-    In one dimension the nearest arrangement is the sorted one: the k-th smallest projection belongs to the
-    (k - 1/2) / n quantile of a coordinate of the uniform distribution, which is exact, not drawn. So the
-    result falls as 1 / n for n uniform points, but is not 0.
-    """
-    quantiles = sphere_quantiles(len(projections), L).to(projections)
-    return (projections.sort(dim=0).values - quantiles[:, None]).square().mean()
+        quantiles = sphere_quantiles(len(z), len(directions)).to(projections)                         # [B]
+        return (projections.sort(dim=0).values - quantiles[:, None]).square().mean()
 
 
 @lru_cache(maxsize=64)
@@ -148,7 +145,7 @@ def orthogonal_directions(gaussian):
     returns   [L, M] with orthonormal columns
     """
     Q, R = torch.linalg.qr(gaussian)
-    return Q * R.diagonal().sign()                          # without the signs some sets would be more likely
+    return Q * R.diagonal().sign()                          # the signs make Q uniform (Haar)
 
 
 # ---- Sphere Latent Encoder ---------------------------------------------------------------------------------
@@ -157,7 +154,7 @@ LATENT_WEIGHT_NAMES = ("recon_distance", "recon_cosine", "con_distance", "con_co
 DISTANCES = {"l1": F.l1_loss, "smooth-l1": F.smooth_l1_loss, "l2": F.mse_loss}
 
 
-def latent_reconstruction_loss(z_hat_noisy, z, distance="l2", per_token=False):
+def latent_reconstruction_loss(z_hat_noisy, z, distance="l2"):
     """Distance and cosine of F(v_noisy) to the clean latent. SLE Eq. 2.
 
     z_hat_noisy  [B, N, d]  prediction from the latent with the smaller noise (assumed, as in SE Eq. 7: the
@@ -165,23 +162,25 @@ def latent_reconstruction_loss(z_hat_noisy, z, distance="l2", per_token=False):
     z            [B, N, d]  the tokenizer's latent, Euclidean and not f(z) (assumed: the last prediction is
                             decoded as it is, so it must have the tokenizer's scale)
     distance     of DISTANCES; our text has lost the paper's symbol
-    per_token    a cosine per token instead of one of whole latents (assumed, as f and SE Eq. 9)
-    returns      (distance, 1 - cosine) scalars
+    returns      (distance, 1 - cosine) scalars, the cosine of whole latents (assumed, as f and SE Eq. 9)
+    Raises ValueError for an unknown distance.
     """
+    if distance not in DISTANCES:
+        raise ValueError(f"the distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
     with torch.autocast(z.device.type, enabled=False):
         a, b = at_least_float32(z_hat_noisy), at_least_float32(z)
-        cosine = F.cosine_similarity(*(latent.flatten(1 + per_token) for latent in (a, b)), dim=-1, eps=1e-6)
+        cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-6)
         return DISTANCES[distance](a, b), (1 - cosine).mean()
 
 
-def latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance="l2", per_token=False):
+def latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance="l2"):
     """The same pair between F(v_NOISY) and F(v_noisy), which is a fixed target. SLE Eq. 3.
 
     z_hat_NOISY  [B, N, d]  prediction from the latent with the larger noise
     z_hat_noisy  [B, N, d]  prediction from the latent with the smaller noise, detached here (the paper's sg)
     returns      (distance, 1 - cosine) scalars, as latent_reconstruction_loss
     """
-    return latent_reconstruction_loss(z_hat_NOISY, z_hat_noisy.detach(), distance, per_token)
+    return latent_reconstruction_loss(z_hat_NOISY, z_hat_noisy.detach(), distance)
 
 
 def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
@@ -193,8 +192,7 @@ def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
     return latent_consistency_loss(z, denoiser(spherify(z_hat_NOISY), y))
 
 
-def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0), distance="l2",
-                       per_token=False):
+def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0), distance="l2"):
     """The objective of the Sphere Latent Encoder: the weighted sum of SLE Eq. 2 and 3, on latents alone.
 
     denoiser    SiT
@@ -215,8 +213,8 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
     both = denoiser(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy]))
     z_hat_NOISY, z_hat_noisy = both.chunk(2)
 
-    parts = [*latent_reconstruction_loss(z_hat_noisy, z, distance, per_token),
-             *latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance, per_token),
+    parts = [*latent_reconstruction_loss(z_hat_noisy, z, distance),
+             *latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance),
              denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y_again) if weights[4]
              else z.new_zeros(())]
     loss = sum(weight * part for weight, part in zip(weights, parts) if weight)
@@ -225,57 +223,47 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
 
 # ---- Perceptual distance -----------------------------------------------------------------------------------
 
-PERCEPTUAL = ("lpips-vgg", "lpips-convnext", "none")
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 CONVNEXT_SMALL = "https://download.pytorch.org/models/convnext_small-0c510722.pth"
 
 
-def perceptual_distance(name, folder=None):
-    """The perceptual distance of SE Sec. 2.3, frozen: a callable on two images, one distance per image.
+def perceptual_distance(name):
+    """The perceptual distance of SE Sec. 2.3, frozen: two [B, 3, H, W] in [-1, 1] -> one distance per image.
 
-    name     "lpips-vgg": the paper speaks of features of a static VGG (LPIPS assumed, as in the official
-             code); "lpips-convnext": the official code's; or "none"
-    folder   of the files vgg16-397923af.pth and convnext_small-0c510722.pth; None: torch.hub's cache, into
-             which they are downloaded
-    returns  a module: two [B, 3, H, W] in [-1, 1], at least 16 pixels wide and high -> [B]; or None
-    Raises FileNotFoundError or ValueError, naming the file, if weights are missing or damaged.
+    name     "lpips": the paper speaks of features of a static VGG (LPIPS assumed, as in the official code);
+             or "lpips+convnext": the official code's
+    Images must be at least 16 pixels wide and high. Raises OSError or ValueError, naming the file, if weights
+    are missing or damaged.
     """
-    if name == "none":
-        return None
-    network = LPIPS(pretrained(VGG16, folder))
-    if name == "lpips-convnext":
-        network = LPIPSConvNeXt(network, pretrained(CONVNEXT_SMALL, folder))
+    if name not in ("lpips", "lpips+convnext"):
+        raise ValueError(f"the perceptual distance must be lpips or lpips+convnext, got {name!r}")
+    network = LPIPS(pretrained(VGG16))
+    if name == "lpips+convnext":
+        network = LPIPSConvNeXt(network, pretrained(CONVNEXT_SMALL))
     return network.requires_grad_(False).eval()
 
 
-class LPIPS(nn.Module):
+class LPIPS(lpips.LPIPS):
     """LPIPS on VGG-16, from the package lpips, whose learned heads are the released system's, byte for byte.
 
-    vgg  state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random, for
-         tests
+    vgg  state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random
     The trunk may run in bf16; distances of its features are float32 (in the package they would not be).
     """
 
     def __init__(self, vgg=None):
-        super().__init__()
-        import lpips
-        self.normalize = lpips.normalize_tensor                                 # to unit length over channels
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torchvision")  # lpips 0.1.4 uses its old argument names
-            self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+            super().__init__(net="vgg", pnet_rand=True, verbose=False)
         if vgg is not None:
-            trunk = self.network.net
-            trunk.load_state_dict({f"{part}.{i}.{name}": vgg[f"features.{i}.{name}"]
-                                   for part, layers in trunk.named_children()
-                                   for i, layer in layers.named_children()
-                                   for name, _ in layer.named_parameters()})
+            for layers in self.net.children():                               # five slices of VGG's features
+                layers.load_state_dict({name: vgg[f"features.{name}"] for name in layers.state_dict()})
 
     def forward(self, a, b):
-        a_features, b_features = (self.network.net(self.network.scaling_layer(x)) for x in (a, b))
+        a_features, b_features = (self.net(self.scaling_layer(x)) for x in (a, b))
         distance = 0
         with torch.autocast(a.device.type, enabled=False):
-            for head, *pair in zip(self.network.lins, a_features, b_features):
-                f, g = (self.normalize(at_least_float32(features)) for features in pair)    # [B, C, h, w]
+            for head, *pair in zip(self.lins, a_features, b_features):                     # [B, C, h, w] each
+                f, g = (lpips.normalize_tensor(at_least_float32(features)) for features in pair)
                 distance = distance + head((f - g).square()).mean((1, 2, 3))
         return distance                                                                           # [B]
 
@@ -284,25 +272,22 @@ class LPIPSConvNeXt(nn.Module):
     """(LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1, with which the official code trains; the paper names VGG.
 
     lpips     LPIPS
-    convnext  state dict of torchvision's convnext_small; None leaves it random, for tests
+    convnext  state dict of torchvision's convnext_small; None leaves it random
     """
 
     def __init__(self, lpips, convnext=None):
         super().__init__()
-        from torchvision.models import convnext_small
         self.lpips, self.convnext = lpips, convnext_small()
         if convnext is not None:
             self.convnext.load_state_dict(convnext)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, a, b):
-        a_logits, b_logits = (self._logits(x).float() for x in (a, b))                             # [B, 1000]
-        return (self.lpips(a, b) + 0.1 * (a_logits - b_logits).square().mean(1)) / 1.1                  # [B]
+        a_logits, b_logits = (self.convnext(self.prepare(x)).float() for x in (a, b))              # [B, 1000]
+        return (self.lpips(a, b) + 0.1 * (a_logits - b_logits).square().mean(1)) / 1.1             # [B]
 
-    def _logits(self, x):
+    def prepare(self, x):
         x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
-        return self.convnext((x - self.mean) / self.std)
+        return normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 def _smooth_l1(a, b):

@@ -14,8 +14,6 @@ import torch
 from numpy.random import Generator, Philox
 from torch.nn import functional as F
 
-MAPPINGS = ("sigma", "angle")
-
 
 def spherify(z, eps=1e-6):
     """Project latents onto the sphere of radius sqrt(L), the paper's f. SE Eq. 1.
@@ -27,10 +25,7 @@ def spherify(z, eps=1e-6):
     at initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever
     autocast does: a bf16 factor is off by up to 0.4 %, alike for all elements, so the error would not
     average out of the radius.
-    Raises ValueError if z has fewer than two dims or is not floating point.
     """
-    if z.ndim < 2 or not z.is_floating_point():
-        raise ValueError(f"spherify: expected floats [B, ...] of two dims or more, got {_describe(z)}")
     with torch.autocast(z.device.type, enabled=False):
         z_float = at_least_float32(z)
         mean_square = z_float.square().mean(dim=tuple(range(1, z.ndim)), keepdim=True)
@@ -46,13 +41,8 @@ def add_noise(v, sigma, e):
     returns  [B, ...]      f(v + sigma e), dtype of v
 
     At large L the result stands at the angle arctan(sigma) to v (SE Eq. 12); sigma = 0 gives f(v) = v.
-    Raises ValueError if e is not of v's shape or sigma is neither a number nor [B].
     """
-    if e.shape != v.shape:
-        raise ValueError(f"add_noise: e must have the shape of v, got e {_describe(e)} and v {_describe(v)}")
-    if isinstance(sigma, torch.Tensor) and sigma.ndim > 0:
-        if sigma.shape != v.shape[:1]:
-            raise ValueError(f"add_noise: sigma must be a number or [{v.shape[0]}], got {_describe(sigma)}")
+    if torch.is_tensor(sigma) and sigma.ndim > 0:
         sigma = sigma.reshape(-1, *[1] * (v.ndim - 1))                          # [B, 1, ...]
     with torch.autocast(v.device.type, enabled=False):
         v_float = at_least_float32(v)
@@ -85,32 +75,21 @@ def angle_to_sigma(alpha):
     alpha    float or tensor, degrees in [0, 90)      returns the same kind
     Raises ValueError for an angle outside [0, 90).
     """
-    if isinstance(alpha, torch.Tensor):
-        if not bool(((alpha >= 0) & (alpha < 90)).all()):
-            raise ValueError(f"angles must lie in [0, 90) degrees, got {alpha.min():g} to {alpha.max():g}")
-        return torch.tan(torch.deg2rad(alpha))
-    if not 0 <= alpha < 90:
-        raise ValueError(f"an angle must lie in [0, 90) degrees, got {alpha}")
-    return math.tan(math.radians(alpha))
+    tensor = torch.is_tensor(alpha)
+    if not (0 <= (alpha.min() if tensor else alpha) and (alpha.max() if tensor else alpha) < 90):
+        raise ValueError(f"angles must lie in [0, 90) degrees, got {alpha}")
+    return torch.tan(torch.deg2rad(alpha)) if tensor else math.tan(math.radians(alpha))
 
 
 def sigma_to_angle(sigma):
     """Angle arctan(sigma) in degrees of a noise magnitude, the inverse of angle_to_sigma. SE Eq. 12.
 
     sigma    float or tensor, at least 0              returns the same kind
-    Raises ValueError for a negative sigma.
     """
-    if isinstance(sigma, torch.Tensor):
-        if not bool((sigma >= 0).all()):
-            raise ValueError(f"sigma must be at least 0, got {sigma.min():g}")
-        return torch.rad2deg(torch.atan(sigma))
-    if not sigma >= 0:
-        raise ValueError(f"sigma must be at least 0, got {sigma}")
-    return math.degrees(math.atan(sigma))
+    return torch.rad2deg(torch.atan(sigma)) if torch.is_tensor(sigma) else math.degrees(math.atan(sigma))
 
 
-def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=False, generator=None,
-                   official_hard=False):
+def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=None):
     """Noise magnitudes of the Sphere Encoder. SE Eq. 5-6, App. C.2.
 
     batch       number of samples B
@@ -118,32 +97,38 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, stratified=
     alpha_hard  degrees or None; with probability hard_prob a sample's sigma is drawn instead from the whole
                 band between tan(alpha_max) and tan(alpha_hard), uniformly in sigma (assumed: as in Eq. 5; the
                 text of C.2 speaks of uniform angles but Eq. 5 and the official code are uniform in sigma)
-    stratified  spread r (and s below) over the batch as the official code does: B - 2 equal strata with one
-                draw each, one exact 0 and one exact 1, in random order; needs B >= 3
     generator   torch.Generator on the CPU, or None for the global one
-    official_hard
-                draw hard cases as the official code does: the number that fell below hard_prob also sets the
-                magnitude, so that only the lowest tenth of the band is reached (80.9 of 85 degrees), and
-                sigma_sub is s times the sigma that the hard one replaces
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; sigma_sub = s sigma with s ~ U[0, 0.5]
 
-    Raises ValueError for angles outside [0, 90), alpha_hard below alpha_max, hard_prob outside [0, 1].
+    Raises ValueError for angles outside [0, 90) or alpha_hard below alpha_max.
     """
-    sigma_max = angle_to_sigma(alpha_max)
-    if not 0 <= hard_prob <= 1:
-        raise ValueError(f"hard_prob must lie in [0, 1], got {hard_prob}")
-    draw = _stratified if stratified else _uniform
-    sigma = draw(batch, generator) * sigma_max
-    s = 0.5 * draw(batch, generator)
+    r, s, decides, within = torch.rand(4, batch, generator=generator)
+    sigma = _with_hard_cases(r * angle_to_sigma(alpha_max), decides < hard_prob, within, alpha_max, alpha_hard)
+    return sigma, 0.5 * s * sigma
+
+
+def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=None):
+    """The same, drawn as the official code does where it departs from the paper; batch is at least 3.
+
+    r and s are spread over the batch: B - 2 equal strata with one draw each, one exact 0 and one exact 1, in
+    random order. The number that fell below hard_prob also sets the magnitude of a hard case, so that only the
+    lowest tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces.
+    """
+    def spread():
+        inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
+        return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
+
+    sigma, s, decides = spread() * angle_to_sigma(alpha_max), spread(), torch.rand(batch, generator=generator)
+    return _with_hard_cases(sigma, decides < hard_prob, decides, alpha_max, alpha_hard), 0.5 * s * sigma
+
+
+def _with_hard_cases(sigma, hard, within, alpha_max, alpha_hard):
     if alpha_hard is None:
-        return sigma, s * sigma
-    sigma_hard = angle_to_sigma(alpha_hard)
-    if sigma_hard < sigma_max:
+        return sigma
+    if alpha_hard < alpha_max:
         raise ValueError(f"alpha_hard must be at least alpha_max = {alpha_max}, got {alpha_hard}")
-    decides = _uniform(batch, generator)
-    within = decides if official_hard else _uniform(batch, generator)                # place in the hard band
-    mixed = torch.where(decides < hard_prob, sigma_max + within * (sigma_hard - sigma_max), sigma)
-    return mixed, s * (sigma if official_hard else mixed)
+    low, high = angle_to_sigma(alpha_max), angle_to_sigma(alpha_hard)
+    return torch.where(hard, low + within * (high - low), sigma)
 
 
 def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", generator=None):
@@ -158,14 +143,12 @@ def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", ge
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two draws
 
-    Raises ValueError for an angle outside [0, 90), a negative std or an unknown mapping.
+    Raises ValueError for an angle outside [0, 90) or an unknown mapping.
     """
-    sigma_max = angle_to_sigma(alpha_max)
-    if not std >= 0 or mapping not in MAPPINGS:
-        raise ValueError(f"std must be at least 0 and the mapping one of {', '.join(MAPPINGS)}, "
-                         f"got {std} and {mapping!r}")
-    r = torch.sigmoid(mean + std * torch.randn(2, _checked(batch), generator=generator))    # [2, B]
-    sigma = r * sigma_max if mapping == "sigma" else angle_to_sigma(r * alpha_max)
+    if mapping not in ("sigma", "angle"):
+        raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
+    r = torch.sigmoid(mean + std * torch.randn(2, batch, generator=generator))              # [2, B]
+    sigma = r * angle_to_sigma(alpha_max) if mapping == "sigma" else angle_to_sigma(r * alpha_max)
     return sigma.amax(0), sigma.amin(0)
 
 
@@ -178,12 +161,10 @@ def step_schedule(steps, gamma, official=False):
     returns  [T - 1]  float32
     Raises ValueError for steps < 1 or gamma < 0.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
-    r = [(1 - (t - 1) / (steps if official else steps - 1)) ** gamma for t in range(2, steps + 1)]
-    return torch.tensor(r, dtype=torch.float32)
+    if steps < 1 or not gamma >= 0:
+        raise ValueError(f"steps must be at least 1 and gamma at least 0, got {steps} and {gamma}")
+    t = torch.arange(2, steps + 1, dtype=torch.float64)
+    return ((1 - (t - 1) / (steps if official else steps - 1)) ** gamma).float()
 
 
 def sample_noise(seed, first, count, shape, draws=1):
@@ -198,12 +179,10 @@ def sample_noise(seed, first, count, shape, draws=1):
     One counter-based generator per sample, keyed by (seed, i), so batch size, number of processes and the
     number of images asked for change nothing. (A CPU torch.Generator would use only the low 32 bits of a
     seed.)
-    Raises ValueError for a seed or an index outside its range.
+    Raises ValueError for a seed outside its range.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0 .. 2^64 - 1, got {seed}")
-    if not 0 <= first < 2**63:
-        raise ValueError(f"the index of a sample must be at least 0, got {first}")
     noise = np.empty((draws, count, *shape), dtype=np.float32)
     for k in range(count):
         rng = Generator(Philox(key=np.array([seed, first + k], dtype=np.uint64)))
@@ -231,24 +210,3 @@ def truncate_noise(e, bound):
 def at_least_float32(x):
     """x in float32 if it comes in a shorter float type, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _uniform(batch, generator):
-    return torch.rand(_checked(batch), generator=generator)
-
-
-def _stratified(batch, generator):
-    if batch < 3:
-        raise ValueError(f"stratified draws need a batch of at least 3, got {batch}")
-    inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
-    return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
-
-
-def _checked(batch):
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    return batch
-
-
-def _describe(x):
-    return f"{x.dtype} {list(x.shape)}"

@@ -13,15 +13,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import RAE, SiT, SphereEncoder, SphereTokenizer  # noqa: E402
+import models  # noqa: E402
+import train as train_module  # noqa: E402
+from models import SiT, SphereEncoder, SphereTokenizer  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
+train_module.LOG_EVERY = 2              # so that tiny runs within this process have several lines and checkpoints
 TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
-               mixer_depth=1, batch_size=8, lr_batch=8, iterations=6, warmup=0.3333, log_every=2,
-               checkpoint_every=4, picture_every=0)
+               mixer_depth=1, batch_size=8, iterations=6, warmup=0.3333)
 TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixer-depth 1 --batch-size 8 "
-              "--lr-batch 8 --iterations 6 --warmup 0.3333 --log-every 2 --checkpoint-every 4 "
-              "--picture-every 0").split()
+              "--iterations 6 --warmup 0.3333").split()
 
 
 def seeded_array(name, shape):
@@ -103,23 +104,27 @@ def released_rae_decoder():
 
 
 @pytest.fixture
-def rae_files(tmp_path):
-    """Arguments of RAE for a stand-in of DINOv2 with the real entry point and output keys, and for files of
-    the released names and shapes: 4 x 4 tokens of 32 channels, images of 64 x 64."""
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder (TORCH_HOME) with a stand-in of DINOv2, which has the real entry point and output keys,
+    and the RAE's files of released names and shapes: 4 x 4 tokens of 32 channels, images of 64 x 64."""
     golden, weights = released_rae_decoder()
     weights["decoder_pos_embed"] = with_class_token_table(48)
-    folder = tmp_path / "dinov2 copy"
-    folder.mkdir()
-    (folder / "hubconf.py").write_text(HUBCONF)
+    files = tmp_path / "home" / "hub" / "checkpoints"
+    files.mkdir(parents=True)
+    repository = files.parent / "facebookresearch_dinov2_main"
+    repository.mkdir()
+    (repository / "hubconf.py").write_text(HUBCONF)
     space = {}
     exec(HUBCONF, space)
     network = space["dinov2_vitb14_reg"](pretrained=False)
     torch.save({name: seeded_array(name, tuple(t.shape)) for name, t in network.state_dict().items()},
-               tmp_path / "dinov2.pth")
-    torch.save(weights, tmp_path / "model.pt")
-    torch.save({"mean": None, "var": torch.from_numpy(golden["latent_var"])}, tmp_path / "stat.pt")
-    return dict(repo=str(folder), encoder_weights=str(tmp_path / "dinov2.pth"), heads=4,
-                decoder_weights=str(tmp_path / "model.pt"), statistics=str(tmp_path / "stat.pt"))
+               files / "dinov2_vitb14_reg4_pretrain.pth")
+    torch.save(weights, files / models.RAE_DECODER[1])
+    torch.save({"mean": None, "var": torch.from_numpy(golden["latent_var"])}, files / models.RAE_STATISTICS[1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(models, "RAE_DECODER_SIZE", dict(token_dim=32, grid=4, width=48, depth=2, heads=4,
+                                                         mlp_hidden=96))
+    return files
 
 
 def with_class_token_table(width):
@@ -140,15 +145,14 @@ def trained(tmp_path_factory):
     return train(TINY, tmp_path_factory.mktemp("run") / "tiny", seed=3)
 
 
-TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_size=8, lr_batch=8,
-                      iterations=6, warmup=0.3333, log_every=2, checkpoint_every=4, picture_every=0)
+TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_size=8, iterations=6,
+                      warmup=0.3333)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """The checkpoint of a tiny unconditional Sphere Encoder on digits: 16 tokens of 4 channels."""
-    preset = replace(TINY, conditional=False, alpha_max=45.0, alpha_hard=45.0,
-                     weights=(1.0, 0.0, 0.0, 0.0, 0.0))
+    preset = replace(TINY, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0))
     return train(preset, tmp_path_factory.mktemp("tokenizer") / "run", seed=4, device="cpu")
 
 
