@@ -3,10 +3,8 @@
     python fid.py out/samples/images data/photos            # generated images against real ones
     python fid.py out/samples/images reference.npz          # against stored statistics
     python fid.py data/photos --save reference.npz
-    python fid.py out/samples/images data/photos --features pixels      # without Inception, then not called FID
 
-FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. Precision and recall: Kynkaanniemi et al. 2019.
-Two conventions of preparing images are in use and give different numbers; every result names its own.
+FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. Precision, recall: Kynkaanniemi et al. 2019.
 """
 
 import argparse
@@ -28,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 # Inception as torch-fidelity feeds it, like the original TensorFlow network (the Sphere Encoder's published
-# numbers are of this kind), or as pytorch-fid, by PyTorch's resizing; or raw pixels, without a network.
+# numbers are of this kind), or as pytorch-fid, by PyTorch's resizing, which gives other numbers; or raw pixels.
 FEATURES = ("torch-fidelity", "pytorch-fid", "pixels")
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
@@ -95,8 +93,9 @@ def precision_recall(generated, real, k=3):
     """
     def share_inside(x, others):
         radii = nearest_neighbours(others, others, k + 1)[0][:, k]      # the nearest one is the image itself
-        return torch.cat([(torch.cdist(part, others) <= radii).any(1) for part in x.split(1024)]).double().mean()
-    return share_inside(generated, real).item(), share_inside(real, generated).item()
+        inside = torch.cat([(torch.cdist(part, others) <= radii).any(1) for part in x.split(1024)])
+        return inside.double().mean().item()
+    return share_inside(generated, real), share_inside(real, generated)
 
 
 def nearest_neighbours(x, real, k=1):
@@ -120,35 +119,34 @@ def pixel_features(images, grey=False):
 
 
 class FeatureStatistics:
-    """Mean and covariance of a stream of features, summed in float64. Memory does not grow with the stream."""
+    """Mean [dim] and covariance [dim, dim] of a stream of features, summed in float64."""
 
-    def __init__(self, dim, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    def __init__(self, dim):
+        self.count = 0
+        self.sum = torch.zeros(dim, dtype=torch.float64)
+        self.products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features):
-        """Add a batch [n, dim]; however a stream is cut into batches, the result is the same."""
-        features = features.to(self.sum)
-        self.count += len(features)
-        self.sum += features.sum(0)
-        self.products.addmm_(features.T, features)
+        """Add features [n, dim]; however a stream is cut into batches, the result is the same."""
+        for part in features.split(4096):
+            part = part.to(self.sum)
+            self.count += len(part)
+            self.sum += part.sum(0)
+            self.products.addmm_(part.T, part)
         return self
 
     @property
     def mean(self):
-        """[dim], float64."""
         return self.sum / self.count
 
     @property
     def covariance(self):
-        """[dim, dim], float64, divided by count - 1. Raises ValueError for fewer than 2 features."""
-        count, dim = int(self.count), len(self.sum)
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {count}")
-        if count <= dim:
-            warnings.warn(f"only {count} images for {dim} dimensions: their Fréchet distance is biased upwards, "
-                          f"by a lot; published ones use 50,000 images", stacklevel=2)
+        """Divided by count - 1. Raises ValueError for fewer than 2 features."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        if self.count <= len(self.sum):
+            warnings.warn(f"only {self.count} images for {len(self.sum)} dimensions: their Fréchet distance is "
+                          f"biased upwards, by a lot; published ones use 50,000 images", stacklevel=2)
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
@@ -157,22 +155,14 @@ Extracted = namedtuple("Extracted", "statistics features logits", defaults=(None
 Stored = namedtuple("Stored", "mean covariance count")
 
 
-@torch.no_grad()
 def extract(batches, network, device="cpu"):
     """Extracted of batches of uint8 images [B, 3, H, W]; network as feature_network gives it."""
-    statistics, features, logits = None, [], []
-    for x in batches:
-        pool, logit = network(x.to(device))
-        statistics = statistics or FeatureStatistics(pool.shape[1], "cpu" if device == "mps" else device)
-        statistics.update(pool)
-        features.append(pool)
-        logits.append(logit)
-    return Extracted(statistics, torch.cat(features), torch.cat(logits))            # [n, D], [n, classes]
+    features, logits = (torch.cat(parts) for parts in zip(*(network(x.to(device)) for x in batches)))
+    return Extracted(FeatureStatistics(features.shape[1]).update(features), features, logits)
 
 
 def compare(generated, real, features):
-    """All measures of one Extracted against another that the two allow, {row: number}. Only Fréchet distances of
-    Inception's features are called FID."""
+    """All measures of one Extracted against another that the two allow, {row: number}."""
     (mu1, sigma1), (mu2, sigma2) = ((x.statistics.mean, x.statistics.covariance) for x in (generated, real))
     rows = {"Fréchet distance" if features == "pixels" else "FID": frechet_distance(mu1, sigma1, mu2, sigma2)}
     if generated.logits is not None and generated.logits.shape[1]:
@@ -184,11 +174,10 @@ def compare(generated, real, features):
 
 
 def save_statistics(path, statistics, features):
-    """Write npz: mu (float32, as torch-fidelity insists on), sigma, count, features; FileExistsError if it is
-    there already."""
+    """Write npz: mu (float32, as torch-fidelity insists on), sigma, count, features. Overwrites nothing."""
     with open(path, "xb") as file:
-        np.savez_compressed(file, mu=statistics.mean.float().cpu(), sigma=statistics.covariance.cpu(),
-                            count=int(statistics.count), features=features)
+        np.savez_compressed(file, mu=statistics.mean.float(), sigma=statistics.covariance, count=statistics.count,
+                            features=features)
 
 
 def load_statistics(path, features):
@@ -363,15 +352,16 @@ class ImageSet:
 def main(argv=None):
     parser = argparse.ArgumentParser("fid.py", "fid.py A [B] [options]; --help lists them", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", metavar="A", help="generated images: a folder, or statistics in an npz file")
-    parser.add_argument("reference", metavar="B", nargs="?", help="real ones, likewise")
-    parser.add_argument("--features", choices=FEATURES, default=FEATURES[0],
-                        help="of Inception as torch-fidelity or pytorch-fid feed it, or raw pixels (%(default)s)")
-    parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of A")
-    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add = parser.add_argument
+    add("images", metavar="A", help="generated images: a folder, or statistics in an npz file")
+    add("reference", metavar="B", nargs="?", help="real ones, likewise")
+    add("--features", choices=FEATURES, default=FEATURES[0],
+        help="of Inception, fed as by torch-fidelity or pytorch-fid, or raw pixels (%(default)s)")
+    add("--save", metavar="FILE.npz", help="write the statistics of A")
+    add("--batch-size", type=int, default=50, help="images at a time (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"fid.py: {message}\n"
     try:
@@ -392,17 +382,15 @@ def measure(args):
     for k, images in enumerate(sets):
         if isinstance(images, ImageSet):
             if images.others:
-                print(f"fid.py: {len(images.others)} files that are no images, such as {images.others[0]}, are "
-                      f"left out", file=sys.stderr)
+                print(f"fid.py: {len(images.others)} files that are no images are left out, such as "
+                      f"{images.others[0]}", file=sys.stderr)
             batches = DataLoader(images, args.batch_size, num_workers=args.workers)
             sets[k] = extract(tqdm(batches, unit="batch", disable=None), network, args.device)
     if args.save:
         save_statistics(args.save, sets[0].statistics, args.features)
-        print(f"{args.save}: statistics of {int(sets[0].statistics.count)} images", file=sys.stderr)
     if args.reference:
-        counts = [images.statistics.count and int(images.statistics.count) for images in sets]
-        result = {"images": args.images, "reference": args.reference, "counts": counts,
-                  "features": args.features, **compare(*sets, args.features)}
+        result = {"images": args.images, "reference": args.reference, "features": args.features,
+                  "counts": [images.statistics.count for images in sets], **compare(*sets, args.features)}
         print(json.dumps(result) if args.json else "\n".join(f"{k:20}{v}" for k, v in result.items()))
 
 

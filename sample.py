@@ -1,11 +1,10 @@
 """Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1, C.6; SLE 4.4.
 
-    python sample.py --checkpoint out/digits/model.pt --out out/samples --steps 4
-    python sample.py --out out/sevens --classes 7 --cfg 1.5 --singles
+    python sample.py --checkpoint out/digits/model.pt --out out/sevens --classes 7 --cfg 1.5 --singles
     python sample.py interpolate --out out/lines --classes 3 8 --frames 9 --gif
     python sample.py crossover --out out/cross --images a.png b.png --mask diagonal
 
-The first word says what to draw, generate if there is none; `python sample.py --help` lists words and options.
+The first word says what to draw, generate if there is none; `python sample.py --help` lists them.
 """
 
 import argparse
@@ -42,29 +41,25 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     """Images from random points of the sphere, in T steps. SE Alg. 1.
 
     model     SphereEncoder
-    y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model
+    y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model. Or floats
+              [B, K + 1], mixing weights over the class embeddings; see interpolate
     steps     T >= 1: one decode, then T - 1 times encode, add noise, decode
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
     alpha     degrees, angle of the largest noise; None is the model's own, that of its training
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
-    shared    one noise vector per image for all steps, the first included (the paper's best), or a fresh one
-              at every step
-    position  guide the latent ("encoder"), the pixels ("decoder") or both, each with sqrt(s) ("combo"). SE
-              App. C.1
-    bound     truncate the noise of the first step to [-bound, bound]; None leaves it Gaussian. SE App. C.6.
-              Later steps keep the whole one, shared or not (assumed: it would be shorter than sigma says)
+    shared    one noise vector per image for all steps (the paper's best), or a fresh one at every step
+    position  guide the latent ("encoder"), the pixels ("decoder") or both ("combo"). SE App. C.1
+    bound     truncate the noise of the first step to [-bound, bound]. SE App. C.6. Later steps keep the whole
+              one, shared or not (assumed: it would be shorter than sigma says)
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
     e         [B, N, d] noise in place of the seeded one; one of these per draw, stacked, if there are several
-    official  as the official code, where it departs from the paper: shared noise is shared by steps 2..T only
-              (two draws), and a decay of gamma 1 ends at 1 / T
+    official  as the official code: only steps 2..T share noise (two draws), and gamma 1 ends at 1 / T
     returns   [B, 3, H, W] in [-1, 1], on the model's device
-
-    y may also be mixed classes, floats [B, K + 1]: how much of each class vector; see interpolate.
-    Raises ValueError for a class, step count, scale, angle, seed or noise out of range.
+    Raises ValueError for a class, step count, scale, angle or seed out of range.
     """
     y, sigmas, e = _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official)
     s_encoder, s_decoder = (cfg**power for power in POSITIONS[position])
-    x = _guided(model.decode, spherify(e[0]), y, s_decoder).clamp(-1, 1)     # as the official code clamps after guidance
+    x = _guided(model.decode, spherify(e[0]), y, s_decoder).clamp(-1, 1)        # as in the official code
     for t in range(2, steps + 1):
         x = _pass(model, x, y, sigmas[t - 2], e[t - 1], s_encoder, s_decoder)
     return x
@@ -77,10 +72,9 @@ def _pass(model, x, y, sigma, e, s_encoder=1, s_decoder=1):
 
 
 def _guided(network, inputs, y, s):
-    output = network(inputs, y)
     if s == 1:
-        return output
-    null = network(inputs, None)
+        return network(inputs, y)
+    output, null = network(inputs, y), network(inputs, None)
     return null + s * (output - null)
 
 
@@ -105,8 +99,7 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, share
 
 
 def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official=False):
-    """What both algorithms begin with: classes on the model's device, sigma of steps 2..T, noise of all steps
-    [T, B, N, d], seeded or given. Raises ValueError for what cannot be."""
+    """Classes on the model's device, sigma of steps 2..T, noise of all steps [T, B, N, d]."""
     device, K = next(model.parameters()).device, model.num_classes
     y = torch.as_tensor(y, device=device)
     if not y.is_floating_point() and not bool(((y >= 0) & (y <= K)).all()):         # floats mix classes
@@ -125,7 +118,7 @@ def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, of
 
 
 def sampler(model):
-    """generate or generate_latent, whichever draws from the model, with the sampling defaults of its preset."""
+    """generate or generate_latent, whichever draws from the model, with the defaults of its preset."""
     return partial(generate_latent if isinstance(model, SiT) else generate, **getattr(model, "sampling", {}))
 
 
@@ -133,20 +126,11 @@ def sampler(model):
 def reconstruct(model, x, y=None):
     """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. Of a denoiser: D(E(x)) of its tokenizer.
 
-    x        [B, 3, H, W] in [-1, 1], on the model's device
-    y        [B] int64 or None for the null class, the paper's default for reconstruction
-    returns  [B, 3, H, W] in [-1, 1]
+    x [B, 3, H, W] in [-1, 1], on the model's device; y [B], or None for the null class, the paper's default
     """
     if isinstance(model, SiT):
         return model.tokenizer.decode(model.tokenizer.encode(x))
-    return model.decode(to_sphere(model, x, y), y)
-
-
-@torch.no_grad()
-def to_sphere(model, x, y=None):
-    """v = f(E(x, y)), SE Eq. 1: where images lie on the sphere, [B, N, d]; of a denoiser f(z). Arguments as in
-    reconstruct."""
-    return spherify(model.tokenizer.encode(x) if isinstance(model, SiT) else model.encode(x, y))
+    return model.decode(spherify(model.encode(x, y)), y)
 
 
 # ---- Editing -----------------------------------------------------------------------------------------------
@@ -175,8 +159,8 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, fi
         start = torch.einsum("fc,cnd->fnd", mixing, e)
     later = e[:1].expand(steps - 1, len(mixing), -1, -1)
     classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
-    return sampler(model)(model, mixing @ classes, steps, cfg, shared=False, e=torch.cat([start[None], later]),
-                          **options)
+    draw, e = sampler(model), torch.cat([start[None], later])                           # e: [T, F, N, d]
+    return draw(model, mixing @ classes, steps, cfg, e=e, shared=False, **options)
 
 
 def line(frames):
@@ -212,62 +196,58 @@ def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=Tr
 
 
 def manipulate(model, x, classes, steps=4, **options):
-    """An image [3, H, W] from outside the data, drawn as each of several classes [C], with r = 1 and gamma = 0.
-    SE Sec. 5, Fig. 8. Returns [T + 1, C, 3, H, W]; options as in edit."""
+    """An image [3, H, W] from outside the data, drawn as each of several classes [C], with r = 1, gamma = 0.
+    SE Sec. 5, Fig. 8. Options as in edit; returns [T + 1, C, 3, H, W]."""
     return edit(model, x.expand(len(classes), -1, -1, -1), classes, steps, **options)
-
-
-def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma=1.0, **options):
-    """Two images [B, 3, H, W] stitched together, then passed through the model until they are one. SE Sec. 5,
-    Fig. 9, whose r and gamma are the defaults. Returns [T + 1, B, 3, H, W]; options as in edit.
-
-    y        [B] classes; None is the null class
-    mask     a name of stitching_mask, or [H, W] in [0, 1]: 1 where a is taken
-    """
-    mask = (stitching_mask(mask, *a.shape[-2:]) if isinstance(mask, str) else mask).to(a)
-    y = [model.num_classes] * len(a) if y is None else y
-    return edit(model, mask * a + (1 - mask) * b, y, steps, r=r, gamma=gamma, **options)
 
 
 MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")
 
 
-def stitching_mask(name, H, W):
-    """Mask [H, W], 1 in the first half: left, top, below the diagonal, or above the other one."""
-    row, column = torch.meshgrid((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W, indexing="ij")
-    return dict(zip(MASKS, (column < 0.5, row < 0.5, row > column, row + column < 1)))[name].float()
+def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma=1.0, **options):
+    """Two images [B, 3, H, W] stitched together, then passed through the model until they are one, with the
+    paper's r and gamma. SE Sec. 5, Fig. 9. Other options as in edit; returns [T + 1, B, 3, H, W].
+
+    y        [B] classes; None is the null class
+    mask     of MASKS (a left, at the top, below the diagonal, above the other), or [H, W], 1 where a is taken
+    """
+    if isinstance(mask, str):
+        H, W = a.shape[-2:]
+        row, column = torch.meshgrid((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W, indexing="ij")
+        mask = dict(zip(MASKS, (column < 0.5, row < 0.5, row > column, row + column < 1)))[mask]
+    mask, y = mask.to(a), [model.num_classes] * len(a) if y is None else y
+    return edit(model, mask * a + (1 - mask) * b, y, steps, r=r, gamma=gamma, **options)
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path, key="config"):
-    """The dictionary in a checkpoint; its tensors stay on disk until they are used. Raises OSError or ValueError,
-    naming the path, if it is missing, damaged or lacks the key."""
+    """The dictionary in a checkpoint; its tensors stay on disk until they are used. Raises OSError or
+    ValueError, naming the path, if it is missing, damaged or lacks the key."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: checkpoint[key], **checkpoint}
     except OSError:                                         # names it already
         raise
     except Exception as error:                              # torch.load knows a dozen kinds
-        raise ValueError(f"{path}: not a checkpoint of train.py, nor one of the official code with its cfg.json, "
+        raise ValueError(f"{path}: not a checkpoint of train.py, nor of the official code with its cfg.json, "
                          f"--config ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
 def load(path, device="cpu", ema=None, config=None):
     """The model of a checkpoint, rebuilt from the file alone (and the RAE's own files, if it needs them).
 
-    path     last.pt or model.pt of train.py; or a checkpoint of the official code, if config is its cfg.json
+    path     last.pt or model.pt of train.py; or of the official code, if config is its cfg.json
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
     Raises OSError, ValueError, or RuntimeError that lists the weights that do not fit.
     """
     if config:
-        checkpoint = read_checkpoint(path, "ema_model" if ema else "model")
-        settings = convert_official_config(json.loads(Path(config).read_text()))
+        name, settings = "ema_model" if ema else "model", json.loads(Path(config).read_text())
+        settings, weights = convert_official_config(settings), convert_official(read_checkpoint(path, name)[name])
         names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
-        weights = convert_official(checkpoint["ema_model" if ema else "model"])
     else:
         checkpoint = read_checkpoint(path)
         settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
@@ -365,19 +345,18 @@ def errors_in_one_line(program):
         message = str(error) or "interrupted"
         if isinstance(error, (RuntimeError, TypeError)) and not re.search("state_dict|keyword arg", message):
             raise                                           # a mistake of ours
-        if "Original Traceback" in message:                 # of a process that reads images; its last line says it
+        if "Original Traceback" in message:                 # of a process that reads images: look at the end
             message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one meanwhile
+            time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one now
         print(f"{program}: {' '.join(message.split())[:1000]}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def pick_device(name=None):
     """Device of a name; of None, the GPU if there is one. Raises ValueError if it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device           # "cuda" became "cuda:0"
+        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here ({error})") from None
 
@@ -417,8 +396,8 @@ def main(argv=None):
     add("--way", choices=("line", "circle", "square"), default="line", help="interpolate: (%(default)s)")
     add("--frames", type=int, default=8, help="interpolate: images per line, or side (%(default)s)")
     add("--gif", action="store_true", help="interpolate: also as an animation")
-    add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate: any images")
-    add("--mask", default="left-right", help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
+    add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
+    add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
         "image is taken (%(default)s)")
     add("--device", help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
@@ -426,81 +405,73 @@ def main(argv=None):
         if min(args.steps, args.count, args.batch_size, args.frames) < 1:
             raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
         if args.singles and any((args.out / "images").glob("*")):
-            raise ValueError(f"{args.out / 'images'} already holds images; choose another --out, or remove them")
-        model, args.sampling = load(args.checkpoint, pick_device(args.device), args.ema, args.config), dict(args.sampling)
+            raise ValueError(f"{args.out / 'images'} holds images; choose another --out, or remove them")
+        model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
         args.out.mkdir(parents=True, exist_ok=True)
-        picture(*WORDS[args.word](args, model)).save(args.out / f"{args.word}.png")
+        picture(*WORDS[args.word](args, model, dict(args.sampling))).save(args.out / f"{args.word}.png")
         print(f"{args.out / args.word}.png" + f" and {args.out / 'images'}/" * args.singles)
 
 
 # What a word draws: panels of a picture, and words for its rows.
 
 
-def draw_samples(args, model):
+def draw_samples(args, model, sampling):
     """images from random points, SE and SLE Alg. 1"""
     classes, shown = args.classes or range(max(model.num_classes, 1)), []
-    y = [classes[i % len(classes)] for i in range(args.count)]                          # a function of i alone
+    y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
     for first in tqdm(range(0, args.count, args.batch_size), unit="batch", disable=None):
         x = sampler(model)(model, y[first:first + args.batch_size], args.steps, args.cfg, seed=args.seed,
-                           first=first, **args.sampling)
+                           first=first, **sampling)
         write_singles(args, x, first)
-        shown.extend(x[:256 - len(shown)].cpu())                                        # a grid of more is not readable
-    columns = min(len(classes), 16, len(shown))
+        shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable
+    columns, by_class = min(len(classes), 16, len(shown)), len(classes) <= 16
     images = torch.stack(shown[:len(shown) // columns * columns]).unflatten(0, (-1, columns))
-    title, by_class = f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}", len(classes) <= 16
-    return ({title: images.transpose(0, 1)}, class_words(model, classes[:columns])) if by_class else ({title: images},)
+    names = [*model.class_names, "null"] if model.num_classes else [""]
+    return {f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}": images.transpose(0, 1) if by_class else images
+            }, [names[k] for k in classes[:columns]] * by_class
 
 
-def draw_reconstructions(args, model):
+def draw_reconstructions(args, model, sampling):
     """images, and what one trip through encoder and decoder makes of them"""
     x = open_images(args.images, model.image_size).to(next(model.parameters()).device)
-    again = reconstruct(model, x, args.classes and torch.tensor(args.classes[:1], device=x.device).expand(len(x)))
+    again = reconstruct(model, x, args.classes and torch.tensor(args.classes[:1] * len(x), device=x.device))
     write_singles(args, again)
     return {"": torch.stack([x, again])}, ["original", "reconstruction"]
 
 
-def draw_interpolations(args, model):
+def draw_interpolations(args, model, sampling):
     """images between random points, their classes mixed too, SE Fig. 6"""
     classes = args.classes or range(max(model.num_classes, 1))
     corners, rows, mixing = (4, 1, square) if args.way == "square" else (2, 5, line)
     x = torch.cat([interpolate(
-        model, [classes[k % len(classes)] for k in range(first, first + corners)], mixing(args.frames), args.steps,
-        args.cfg, spherical=args.way == "circle", seed=args.seed, first=first, **args.sampling)
-        for first in range(0, corners * rows, corners)])                                # [rows * frames, 3, H, W]
+        model, [classes[k % len(classes)] for k in range(first, first + corners)], mixing(args.frames),
+        args.steps, args.cfg, spherical=args.way == "circle", seed=args.seed, first=first, **sampling)
+        for first in range(0, corners * rows, corners)])                            # [rows * frames, 3, H, W]
     write_singles(args, x)
     if args.gif:
         zoom = max(1, round(96 / max(model.image_size)))
-        frames = [to_pil(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)) for image in x]
-        frames[0].save(args.out / "interpolate.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
+        first, *rest = (to_pil(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)) for image in x)
+        first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
     return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))},
 
 
-def draw_crossover(args, model):
-    """two images stitched together, and what they become pass by pass, SE Fig. 9"""
-    if len(args.images) != 2:
-        raise ValueError(f"--images: a crossover needs two images, got {len(args.images)}")
-    a, b = open_images(args.images, model.image_size).split(1)
-    mask = args.mask if args.mask in MASKS else (open_images([args.mask], model.image_size)[0].mean(0) + 1) / 2
-    x = crossover(model, a, b, args.classes and args.classes[:1], args.steps, mask, cfg=args.cfg, seed=args.seed,
-                  **args.sampling)                                                      # [T + 1, 1, 3, H, W]
-    write_singles(args, x[:, 0])
-    return {"A and B": torch.stack([a, b], dim=1), "stitched": x[:1],
-            f"after 1 to {args.steps} passes": x[1:].transpose(0, 1)},
-
-
-def draw_manipulations(args, model):
-    """an image decoded to each of several classes, pass by pass, SE Fig. 8"""
-    if len(args.images) != 1 or not model.num_classes:
-        raise ValueError(f"manipulate needs one image and a model with classes, got {len(args.images)} and "
-                         f"{model.num_classes} classes")
-    classes, image = args.classes or range(model.num_classes), open_images(args.images, model.image_size)[0]
-    x = manipulate(model, image, classes, args.steps, cfg=args.cfg, seed=args.seed, **args.sampling).transpose(0, 1)
-    write_singles(args, x[:, 1:].flatten(0, 1))                                         # x: [C, T + 1, 3, H, W]
-    return {"image": x[:, :1], f"after 1 to {args.steps} passes": x[:, 1:]}, class_words(model, classes)
-
-
-def class_words(model, classes):
-    return [[*model.class_names, "null"][k] for k in classes] if model.num_classes else ()
+def draw_edits(args, model, sampling):
+    """crossover of two images, SE Fig. 9; manipulation of one to each of several classes, SE Fig. 8"""
+    crosses, how = args.word == "crossover", dict(cfg=args.cfg, seed=args.seed, **sampling)
+    if len(args.images) != 1 + crosses or not crosses and not model.num_classes:
+        raise ValueError("crossover needs two --images, manipulate one, and a model with classes")
+    classes, images = args.classes or range(model.num_classes), open_images(args.images, model.image_size)
+    if crosses:
+        if args.mask not in MASKS:
+            args.mask = (open_images([args.mask], model.image_size)[0].mean(0) + 1) / 2
+        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, args.mask, **how)
+    else:
+        x = manipulate(model, images[0], classes, args.steps, **how)
+    x = x.transpose(0, 1)                                                               # [B, T + 1, 3, H, W]
+    write_singles(args, x[:, 1:].flatten(0, 1))
+    panels = {"A and B": images[None]} if crosses else {}
+    panels |= {"stitched" if crosses else "image": x[:, :1], f"after 1 to {args.steps} passes": x[:, 1:]}
+    return panels, [] if crosses else [[*model.class_names, "null"][k] for k in classes]
 
 
 def write_singles(args, images, first=0):
@@ -511,7 +482,7 @@ def write_singles(args, images, first=0):
 
 
 WORDS = {"generate": draw_samples, "reconstruct": draw_reconstructions, "interpolate": draw_interpolations,
-         "crossover": draw_crossover, "manipulate": draw_manipulations}
+         "crossover": draw_edits, "manipulate": draw_edits}
 
 if __name__ == "__main__":
     main()

@@ -18,14 +18,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from numpy.random import SeedSequence
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from tqdm import tqdm
@@ -56,13 +54,13 @@ LOG_EVERY, SAVE_EVERY = 10, 1000    # iterations; checkpoints and pictures come 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a result depends on but the seed. A field is a command-line option, its comment the help.
+    """Everything that a result depends on but the seed. Fields are command-line options, comments their help.
 
     Batch, optimizer, rates, EMA and the use of plain weights are the official code's (the paper's Table 16 is
     not in our text); what a preset below does not set is ours.
     """
 
-    dataset: str = "folder"         # digits, fashion-mnist, cifar10, flowers102, animal-faces, imagenet, folder
+    dataset: str = "folder"         # digits, fashion-mnist, cifar10, flowers102, animal-faces, imagenet
     data: str = "data"                      # folder with the data set's files; digits needs none
     image_size: int = 64                    # pixels, height and width
     flip: bool = True                       # mirror images at random
@@ -77,7 +75,7 @@ class Preset:
     encoder_classes: bool = True            # condition the encoder too, not the decoder alone
     batch_norm: bool = False                # normalise the encoder's output before f, SE App. C.3
 
-    tokenizer: str = ""                     # rae, or a Sphere Encoder's preset or checkpoint, makes a denoiser
+    tokenizer: str = ""                     # of a denoiser: rae, or a Sphere Encoder's preset or checkpoint
     denoiser_size: str | tuple = "B"        # S, B, L, XL, or width,depth,heads
     distance: str = "l2"                    # between latents: l1, smooth-l1 or l2
     noise: tuple = (0.0, 1.0)               # mean and deviation of the logit-normal noise
@@ -112,21 +110,17 @@ CIFAR10 = Preset(
     alpha_max=80.0, alpha_hard=85.0,                                        # paper C.2
     weights=(1.0, 1.0, 0.5, 0.5, 0.1),                                      # script
     epochs=5000, warmup=10 / 5000)                                          # paper Sec. 3.1; script
-AT_256 = Preset(
-    image_size=256, patch_size=8, encoder_size="large", decoder_size="large",       # paper Sec. 3.2, Table 5
-    mixer_depth=4, pixel_head="linear",                                     # paper Sec. 2.4; script
-    alpha_max=85.0, alpha_hard=89.0)                                        # paper Sec. 6, C.2
-ANIMAL_FACES = replace(
-    AT_256, dataset="animal-faces", data="data/afhq", conditional=False,    # paper Sec. 3.2
-    latent_dim=128, epochs=1000,                                            # paper Sec. 3.2: L = 32^2 x 128
-    weights=(25.0, 1.0, 1.0, 1.0, 0.1), warmup=10 / 1000)                   # script
-FLOWERS102 = replace(
-    AT_256, dataset="flowers102", latent_dim=128, epochs=1000,              # paper Sec. 3.2
-    weights=(25.0, 1.0, 1.0, 1.0, 0.1), warmup=10 / 1000)                   # script
+ANIMAL_FACES = Preset(
+    dataset="animal-faces", data="data/afhq", conditional=False,            # paper Sec. 3.2
+    image_size=256, patch_size=8, latent_dim=128,                           # paper Sec. 3.2: L = 32^2 x 128
+    encoder_size="large", decoder_size="large", mixer_depth=4,              # paper Table 5, Sec. 2.4
+    alpha_max=85.0, alpha_hard=89.0,                                        # paper Sec. 6, C.2
+    weights=(25.0, 1.0, 1.0, 1.0, 0.1), epochs=1000, warmup=10 / 1000)      # script; paper Sec. 3.2; script
+FLOWERS102 = replace(ANIMAL_FACES, dataset="flowers102", data="data", conditional=True)
 IMAGENET = replace(
-    AT_256, dataset="imagenet", data="data/imagenet",
-    latent_dim=64, epochs=800,                                              # paper Sec. 3.2: L = 32^2 x 64
-    weights=(50.0, 1.0, 25.0, 1.0, 0.1), warmup=5 / 800)                    # script
+    ANIMAL_FACES, dataset="imagenet", data="data/imagenet", conditional=True,
+    latent_dim=64, weights=(50.0, 1.0, 25.0, 1.0, 0.1),                     # paper: L = 32^2 x 64; script
+    epochs=800, warmup=5 / 800)                                             # paper Sec. 3.2; script
 # Little noise and no classes: a Sphere Encoder that serves as tokenizer. Of its losses only Eq. 7 is left.
 TOKENIZER = {"conditional": False, "alpha_max": 45.0, "alpha_hard": 0.0, "weights": (1.0, 0.0, 0.0, 0.0, 0.0)}
 # On the RAE's latents. The model card has the sizes of images and denoisers and the use of averaged weights,
@@ -187,7 +181,7 @@ PRESETS |= {f"{name}-base": replace(preset, **BASE, perceptual="lpips+convnext",
 
 
 class Objective(nn.Module):
-    """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile; draws nothing."""
+    """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile."""
 
     def __init__(self, model, perceptual, preset):
         super().__init__()
@@ -203,20 +197,22 @@ class Objective(nn.Module):
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
-          activation_checkpointing=False, latents=None, evaluate_every=0, evaluation=None):
+          activation_checkpointing=False, latents=None, evaluate_every=0.0, evaluation=None):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
-    preset   Preset, see PRESETS. If its tokenizer is a preset too, that is trained first, into out/tokenizer
-    out      folder of last.pt to resume from, model.pt to sample from, log.jsonl and pictures
-    seed     with the preset decides every number of the run, whatever the number of processes
-    resume   continue from out/last.pt exactly where it was written; preset and seed must be that run's
+    preset      Preset, see PRESETS. If its tokenizer is a preset too, that is trained first, into out/tokenizer
+    out         folder of last.pt to resume from, model.pt to sample from, log.jsonl and pictures
+    seed        with the preset decides every number of the run, whatever the number of processes
+    resume      continue from out/last.pt exactly where it was written
+    device      cuda if there is one, else cpu
     evaluate_every  epochs between evaluations, 0 = off; see keep_best. evaluation: arguments of quality
 
     These change memory and speed, and results only by rounding:
-    workers      processes that read images; None is 0 for data in memory, else up to 8
-    accumulate   micro-batches per iteration
-    activation_checkpointing  compute the blocks' activations again in the backward pass, do not store them
-    latents      npy file of a LatentCache; None is out/latents.npy if the images are in memory, else none
+    workers     processes that read images; as the data need
+    accumulate  micro-batches per iteration and process
+    compile     torch.compile: minutes to start, then faster
+    activation_checkpointing  compute activations again in the backward pass: less memory, a third slower
+    latents     npy file of a denoiser's LatentCache; out/latents.npy if the images are in memory, else none
 
     Raises ValueError or OSError for bad input, FloatingPointError if a loss or gradient is not finite, and
     KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came.
@@ -228,7 +224,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         in_memory = isinstance(data, TensorDataset)
         if workers is None:
             workers = 0 if in_memory else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        tokenizer, source = open_tokenizer(preset, out, seed, device, stored, workers), data
+        tokenizer, source = open_tokenizer(preset, out, seed, device, stored), data
         if tokenizer and (latents or in_memory):
             source = first_process_first(lambda: LatentCache(latents or out / "latents.npy", data, tokenizer,
                                                              preset.flip, device, workers))
@@ -248,17 +244,13 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                             pin_memory=device.type == "cuda")       # iterated once, so its workers persist
 
         def save(step):
-            """last.pt to resume from, and model.pt to sample from."""
-            write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                             step=step, seed=seed, images=len(data))
+            write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(),
+                             optimizer=optimizer.state_dict(), step=step, seed=seed, images=len(data))
             write_checkpoint(out / "model.pt", sampled, preset)
 
         if not stored and rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            save(0)                                         # from here on the folder is a run, and can be resumed
-        window, known = [], {}
-        bar = tqdm(total=total, initial=start, unit="it", disable=rank > 0 or None)     # none in a file or notebook
-
+            save(0)                                         # from here on the folder is a run to resume
+        window, bar = [], tqdm(total=total, initial=start, unit="it", disable=rank > 0 or None)
         for step, (images, labels) in zip(range(start, total), loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(preset, step, total) * group["lr_scale"]
@@ -266,7 +258,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
             e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
             directions = random_directions(model, seed, step).to(device) if preset.swd_weight else None
-            x, y = images.to(device), torch.where(drawn["drop"], model.num_classes, labels.to(device))  # [4, B]
+            x = images.to(device)
+            y = torch.where(drawn["drop"], model.num_classes, labels.to(device))             # [4, B]
             if source is data:                                                               # [B, 3, H, W]
                 x = to_float(torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x))
             else:                                                           # [B, 1 or 2, N, d] -> [B, N, d]
@@ -295,14 +288,13 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             means, stops = mean_over_window(window, done, interrupted)
             model.eval()
             if rank == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps({"step": done, **means, "lr": learning_rate(preset, step, total)}) + "\n")
+                append(out / "log.jsonl", {"step": done, **means, "lr": learning_rate(preset, step, total)})
                 bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
             if rank == 0 and (done % save_every == 0 or ends or stops):
                 save(done)
                 draw(out / f"samples-{done:06d}.png", sampled, held_out or data)
             if evaluate_every and (done % judge_every == 0 or ends):
-                rows = quality(sampled, data, held_out, **evaluation or {}, known=known)        # on all processes
+                rows = quality(sampled, data, held_out, **evaluation or {})             # on all processes
                 if rank == 0:
                     keep_best(out, done, sampled, preset, rows)
             model.train()
@@ -313,60 +305,68 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
 
 
 def open_run(preset, out, seed, resume, parts):
-    """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs, and for
-    settings that do not fit each other or so many parts of a batch."""
-    last = out / "last.pt"
-    if preset.batch_size < 1 or parts < 1 or preset.batch_size % parts:
-        raise ValueError(f"--batch-size {preset.batch_size} must be a multiple of processes x --accumulate, {parts}")
-    if preset.batch_norm and parts > 1 and not torch.cuda.is_available():
+    """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs, and
+    for settings that do not fit each other, or a batch that cannot be cut into parts."""
+    last, p = out / "last.pt", preset
+    if p.batch_size < 1 or parts < 1 or p.batch_size % parts:
+        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of {parts} (processes, --accumulate)")
+    if p.batch_norm and parts > 1 and not torch.cuda.is_available():
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes on a CPU")
-    if len(preset.weights) != 5 or not preset.epochs and not preset.iterations:
+    if len(p.weights) != 5 or not p.epochs and not p.iterations:
         raise ValueError("a training needs five --weights, and --epochs or --iterations")
     if not resume and (any(out.rglob("*.pt")) or (out / "log.jsonl").exists()):
         raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
-    if not resume or not last.exists() and (out / "tokenizer" / "last.pt").exists():    # left before its 2nd phase
-        return None
+    if not resume or not last.exists() and (out / "tokenizer" / "last.pt").exists():
+        return None                                         # perhaps left while it trained its tokenizer
     stored = read_checkpoint(last, "optimizer")
     before = {**stored["preset"], "seed": stored["seed"]}
-    for name, value in {**asdict(preset), "seed": seed}.items():
+    for name, value in {**asdict(p), "seed": seed}.items():
         if value != before.get(name) and name != "data":    # the files may have moved
-            raise ValueError(f"{last} was trained with {name} {before.get(name)}, not {value}; --resume takes all "
-                             f"settings from the run: drop --preset and that option, or use another --out")
-    if process_rank()[0] == 0:
-        for name in ("log.jsonl", "evaluations.jsonl"):
-            cut_log(out / name, stored["step"])
+            raise ValueError(f"{last} was trained with {name} {before.get(name)}, not {value}; --resume takes "
+                             f"all settings from the run: drop that option and --preset, or change --out")
+    for path in (out / "log.jsonl", out / "evaluations.jsonl"):     # no lines after the step, of a killed run
+        if path.exists() and process_rank()[0] == 0:
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= stored["step"]))
     return stored
 
 
-def open_tokenizer(preset, out, seed, device, stored, workers):
+def open_tokenizer(preset, out, seed, device, stored):
     """The frozen autoencoder of a denoiser, trained first if need be; None for a Sphere Encoder."""
-    name, folder = preset.tokenizer, out / "tokenizer"
-    if not name:
+    path = preset.tokenizer
+    if not path:
         return None
-    if name in PRESETS and not stored:
-        say(f"{folder}: first the tokenizer, {name}")
-        small = replace(PRESETS[name], data=preset.data, precision=preset.precision)
-        train(small, folder, seed, (folder / "last.pt").exists(), device, workers)
-    if stored or name == "rae":
-        return first_process_first(lambda: load_tokenizer(stored["tokenizer"] if stored else "rae")).to(device)
-    model = load(folder / "model.pt" if name in PRESETS else name, device)
+    if stored or path == "rae":
+        kept = stored["tokenizer"] if stored else path
+        return first_process_first(lambda: load_tokenizer(kept)).to(device)
+    if path in PRESETS:
+        small, folder = replace(PRESETS[path], data=preset.data, precision=preset.precision), out / "tokenizer"
+        path = train(small, folder, seed, (folder / "last.pt").exists(), device)
+    model = load(path, device)
     if not isinstance(model, SphereEncoder) or model.image_size != (preset.image_size,) * 2:
-        raise ValueError(f"--tokenizer {name} must be a Sphere Encoder for --image-size {preset.image_size}, got a "
-                         f"{type(model).__name__} for {model.image_size[0]}")
+        raise ValueError(f"--tokenizer {path} must be a Sphere Encoder for --image-size {preset.image_size}, got "
+                         f"a {type(model).__name__} for {model.image_size[0]}")
     return SphereTokenizer(model)
 
 
 def build(preset, class_names, tokenizer, seed, device, stored, images):
-    """Model, averaged model and optimizer, as seeded or as stored."""
+    """Model, averaged model and optimizer, as seeded or as stored: AdamW in groups, of encoder, decoder or
+    denoiser the matrices (decayed) and the rest (not decayed)."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeded(seed, 2).initial_seed())
         model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape).to(device)
-    ema, optimizer = copy.deepcopy(model).requires_grad_(False).eval(), build_optimizer(model, preset)
+    networks = ([(model, 1.0)] if tokenizer
+                else [(model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)])
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
+          "weight_decay": preset.weight_decay * matrices, "lr_scale": scale}
+         for network, scale in networks for matrices in (True, False)], betas=BETAS, fused=True)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     for network in (model, ema):
         network.sampling = preset.sampling
         if tokenizer:
             network.attach(tokenizer)
-    inspect.signature(sampler(model).func).bind_partial(**preset.sampling)      # refuses what it does not take
+    inspect.signature(sampler(model).func).bind_partial(**preset.sampling)     # refuses what it does not know
     if stored:
         if (stored["images"], stored["class_names"]) != (images, model.class_names):
             raise ValueError(f"the run was trained on {stored['images']} images of {stored['class_names']}; "
@@ -387,16 +387,6 @@ def build_model(preset, class_names, latent_shape=None):
                               p.batch_norm)
     model.class_names = class_names
     return model
-
-
-def build_optimizer(model, preset):
-    """AdamW in groups: of encoder, decoder or denoiser the matrices (decayed) and the rest (not decayed)."""
-    networks = ([(model, 1.0)] if isinstance(model, SiT)
-                else [(model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)])
-    groups = [{"params": [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
-               "weight_decay": preset.weight_decay * matrices, "lr_scale": scale}
-              for network, scale in networks for matrices in (True, False)]
-    return torch.optim.AdamW(groups, lr=preset.lr, betas=BETAS, fused=True)
 
 
 def wrapped(model, preset, device, compile, activation_checkpointing):
@@ -441,37 +431,36 @@ def update_ema(ema, model, decay, step):
 
 # ---- At intervals ------------------------------------------------------------------------------------------
 
+
 def mean_over_window(window, done, interrupted):
-    """Empty the window of the last iterations: their means over iterations and processes, by name, and whether
-    a process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
+    """Empty the window of the last iterations: means over iterations and processes by name, and whether a
+    process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
     names, first = [*window[0]], done - len(window) + 1
     values = torch.stack([torch.stack([*row.values()]) for row in window]).double()               # [k, names]
-    values = F.pad(values, (0, 1), value=float(interrupted.is_set()))
+    values = F.pad(values, (0, 1), value=float(len(interrupted)))
     window.clear()
     if distributed.is_initialized():
         distributed.all_reduce(values)
         values /= distributed.get_world_size()
     for row, column in (~values.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{names[column]} became {values[row, column]} in iteration {first + row}; the "
-                                 f"last checkpoint is good, try a lower --lr")
+        raise FloatingPointError(f"{names[column]} became {values[row, column]} in iteration {first + row}; "
+                                 f"the last checkpoint is good, try a lower --lr")
     *means, stops = values.mean(0).tolist()
     return dict(zip(names, means)), stops > 0
 
 
-def cut_log(path, step):
-    """Drop the lines after a step, which a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    os.replace(path.with_suffix(".tmp"), path)
+def append(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def write_checkpoint(path, model, preset, **more):
-    """Write beside, flush to disk, rename: at every moment a whole checkpoint bears the name. Without `more` it
-    holds what sampling needs."""
+    """Write what sampling needs, and more: beside, flushed to disk, renamed, so that at every moment a whole
+    checkpoint bears the name."""
     tokenizer = getattr(model, "tokenizer", None)
     if isinstance(tokenizer, SphereTokenizer):
         stored = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".tmp"), "wb") as file:
         torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
                     "tokenizer": tokenizer and (stored if isinstance(tokenizer, SphereTokenizer) else "rae"),
@@ -482,26 +471,26 @@ def write_checkpoint(path, model, preset, **more):
 
 
 def keep_best(out, step, model, preset, rows):
-    """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet distance
-    (or FID), is lower than ever at the last number of steps."""
-    with open(out / "evaluations.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, **rows}, ensure_ascii=False) + "\n")
-    row, columns = next(iter(rows)), [column for column in next(iter(rows.values())) if column.startswith("T")]
+    """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet
+    distance (or FID), is lower than ever at the last number of steps."""
+    append(out / "evaluations.jsonl", {"step": step, **rows})
+    row, columns = next(iter(rows.items()))
+    column = [name for name in columns if name.startswith("T")][-1]
     lines = (out / "evaluations.jsonl").read_text().splitlines()
-    scores = [json.loads(line)[row][columns[-1]] for line in lines]
+    scores = [json.loads(line)[row][column] for line in lines]
     if scores[-1] == min(scores):
         write_checkpoint(out / "best.pt", model, preset)
     say(f"{out / 'best.pt'}: {row} {min(scores):.4f}; after {step} iterations it is {scores[-1]:.4f}")
 
 
 def draw(path, model, data, columns=5, rows=10):
-    """Samples at 1, 2 and 4 steps, reconstructions of real images and these images, a row per class; the losses."""
+    """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses."""
     targets = torch.tensor(data.targets)
     classes = targets.unique()[:rows].tolist()
     columns = min([columns] + [int((targets == c).sum()) for c in classes])
     x = images_of(data, [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()])
     x = to_float(x).to(next(model.parameters()).device)
-    y = torch.tensor(classes if model.num_classes else [0] * len(classes)).repeat_interleave(columns)
+    y = torch.tensor(classes).repeat_interleave(columns) * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     names = [model.class_names[c] for c in classes] if model.num_classes else ()
@@ -511,9 +500,8 @@ def draw(path, model, data, columns=5, rows=10):
     lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in (name for name in lines[-1] if name not in ("step", "grad_norm", "lr")):
-        if any(line[name] > 0 for line in lines):
-            axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    for name in [name for name in lines[-1] if lines[-1][name] and name not in ("step", "grad_norm", "lr")]:
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.legend()
     figure.savefig(path.parent / "losses.png", dpi=100)
@@ -541,7 +529,8 @@ def random_draws(preset, seed, step):
         sigmas = official_sigmas if p.official else uniform_sigmas
         sigma, sigma_sub = sigmas(B, p.alpha_max, p.alpha_hard or None, HARD_PROB, generator)
     return {"flip": (torch.rand(B, generator=generator) < 0.5) & p.flip,
-            "drop": torch.rand(4, B, generator=generator) < CLASS_DROPOUT, "sigma": sigma, "sigma_sub": sigma_sub,
+            "drop": torch.rand(4, B, generator=generator) < CLASS_DROPOUT,
+            "sigma": sigma, "sigma_sub": sigma_sub,
             "e_seed": torch.randint(2**63 - 1, (B,), generator=generator)}
 
 
@@ -564,16 +553,19 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of
     step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
     """
-    @lru_cache(maxsize=2)
-    def order(epoch):
-        return torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist()
-
+    epoch = None
     for step in steps:
-        positions = range(step * batch_size, (step + 1) * batch_size)[mine]
-        yield [order(position // size)[position % size] for position in positions]
+        batch = []
+        for position in range(step * batch_size, (step + 1) * batch_size)[mine]:
+            if position // size != epoch:
+                epoch = position // size
+                order = torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist()
+            batch.append(order[position % size])
+        yield batch
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
+
 
 def load_data(preset):
     """Training set, held-out set (None if the data set has none) and class names of a preset.
@@ -583,38 +575,48 @@ def load_data(preset):
     Raises OSError or ValueError that says what is wrong where.
     """
     name, root, S = preset.dataset, Path(preset.data), preset.image_size
-    if name == "digits":                                    # 1,797 real digits of 8x8 pixels, within scikit-learn
+    if name == "digits":                                    # 1,797 real ones of 8x8 pixels, in scikit-learn
         from sklearn.datasets import load_digits
         digits = load_digits()
         images = torch.from_numpy(digits.images).float()[:, None] / 16                     # [1797, 1, 8, 8]
-        return (*(in_memory(images[part], digits.target[part], S) for part in (slice(1500), slice(1500, None))),
-                [str(name) for name in digits.target_names])
+        train, test = (in_memory(images[part], digits.target[part], S)
+                       for part in (slice(1500), slice(1500, None)))
+        return train, test, [str(name) for name in digits.target_names]
+    transform = image_transform(S)
     try:
         if name == "fashion-mnist":
             parts = [datasets.FashionMNIST(root, train, download=True) for train in (True, False)]
-            return (*(in_memory(F.pad(part.data.float()[:, None] / 255, (2, 2, 2, 2)), part.targets, S)
-                      for part in parts), parts[0].classes)
-        if name == "cifar10":
+            images = [F.pad(part.data[:, None] / 255, (2, 2, 2, 2)) for part in parts]
+        elif name == "cifar10":
             parts = [datasets.CIFAR10(root, train, download=True) for train in (True, False)]
-            return (*(in_memory(torch.from_numpy(part.data).permute(0, 3, 1, 2) / 255, part.targets, S)
-                      for part in parts), parts[0].classes)
-        if name == "flowers102":
-            parts = [datasets.Flowers102(root, split, download=True) for split in ("train", "val", "test")]
-            samples = [sample for part in parts for sample in zip(part._image_files, part._labels)]
-            return ImageFiles(sorted(samples), S), None, [str(k) for k in range(1, 103)]
-        split = (root / "train").is_dir()
-        parts = [datasets.ImageFolder(root / "train" if split else root)]
-        parts += [datasets.ImageFolder(root / name) for name in ("val", "test") if split and (root / name).is_dir()]
+            images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) / 255 for part in parts]
+        elif name == "flowers102":
+            parts = [datasets.Flowers102(root, split, transform, download=True)
+                     for split in ("train", "val", "test")]
+            return joined(parts, [part._labels for part in parts]), None, [str(k) for k in range(1, 103)]
+        else:
+            folders = [root / split for split in ("train", "val", "test") if (root / split).is_dir()]
+            folders = folders if (root / "train").is_dir() else [root]
+            parts = [datasets.ImageFolder(folder, transform, loader=read_image) for folder in folders]
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{root}: {name} can be neither read nor downloaded ({str(error).splitlines()[0]}); what "
-                      f"--data must hold stands in the README, under \"At the paper's scale\"") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{root}: {name} can be neither read nor downloaded ({reason}); what --data must hold "
+                      f"says the README, \"At the paper's scale\"") from None
     names = parts[0].classes
+    if name in ("fashion-mnist", "cifar10"):
+        return *(in_memory(pixels, part.targets, S) for pixels, part in zip(images, parts)), names
     if parts[-1].classes != names or preset.conditional and len(names) < 2:
         raise ValueError(f"{root}: its training images have the classes {names}, its held-out ones "
                          f"{parts[-1].classes}; a single class trains with --no-conditional")
     if name == "animal-faces":
-        return ImageFiles([sample for part in parts[:2] for sample in part.samples], S), None, names
-    return ImageFiles(parts[0].samples, S), ImageFiles(parts[1].samples, S) if parts[1:] else None, names
+        return joined(parts[:2], [part.targets for part in parts[:2]]), None, names
+    return parts[0], parts[1] if parts[1:] else None, names
+
+
+def joined(parts, targets):
+    data = ConcatDataset(parts)
+    data.targets = sum(map(list, targets), [])
+    return data
 
 
 def in_memory(images, targets, size):
@@ -625,25 +627,11 @@ def in_memory(images, targets, size):
     return data
 
 
-class ImageFiles(Dataset):
-    """Image files with their classes: the shorter side is resized to `size` (bicubic), the centre cropped."""
-
-    def __init__(self, samples, size):
-        self.paths, self.targets = zip(*samples)
-        self.transform = image_transform(size)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.transform(read_image(self.paths[i])), self.targets[i]
-
-
 class LatentCache(Dataset):
     """Latents of all images, and of their mirror images if they are mirrored, in an npy file; made if absent.
 
     An item is (z [1 or 2, N, d], class). The file is opened by its path in every process that reads it.
-    Raises ValueError naming the file, if its first and last latents are not those of the tokenizer and images.
+    Raises ValueError naming the file, if its first and last latents are not those of tokenizer and images.
     """
 
     def __init__(self, path, data, tokenizer, flip, device, workers=0):
@@ -655,19 +643,19 @@ class LatentCache(Dataset):
             return torch.stack([tokenizer.encode(view) for view in (x, x.flip(-1))[:1 + flip]], dim=1).cpu()
 
         if not self.path.exists():
-            beside = self.path.with_name(f"{self.path.name}.{uuid4().hex}.tmp")         # one name per writer
+            beside = self.path.with_name(f"{self.path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
             beside.parent.mkdir(parents=True, exist_ok=True)
             latents, place = np.lib.format.open_memmap(beside, "w+", np.float32, shape), 0
             for images, _ in tqdm(DataLoader(data, 64, num_workers=workers, generator=seeded(0)), "latents",
-                                  unit="batch", disable=process_rank()[0] > 0 or None):
+                                  disable=process_rank()[0] > 0 or None):
                 latents[place:place + len(images)] = encoded(images)
                 place += len(images)
             latents.flush()
             os.replace(beside, self.path)
         stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
         if stored.shape != shape or not np.allclose(stored[ends], encoded(images_of(data, ends)), atol=0.02):
-            raise ValueError(f"{self.path} holds latents of another tokenizer or of other images; delete it, or name "
-                             f"another file: --latents")
+            raise ValueError(f"{self.path} holds latents of another tokenizer or of other images; delete it, "
+                             f"or name another file: --latents")
 
     @cached_property
     def latents(self):
@@ -681,18 +669,19 @@ class LatentCache(Dataset):
 
 
 def export(preset, out, count=None):
-    """Write images of a data set, at most `count` of each part, as OUT/train/CLASS/000012.png and, held-out ones,
-    OUT/val/CLASS/...; the number is the image's place."""
+    """Write images of a data set, at most `count` of each part, as OUT/train/CLASS/000012.png and, held-out
+    ones, OUT/val/CLASS/...; the number is the image's place."""
     *parts, class_names = load_data(preset)
     for part, data in zip(("train", "val"), parts):
-        for place in tqdm(some(data, count) if data else (), part, unit="image", disable=None):
+        for place in tqdm(some(data, count) if data else (), part, disable=None):
             image, label = data[place]
-            folder = out / part / class_names[label].replace("/", "-")                          # "T-shirt/top"
+            folder = out / part / class_names[label].replace("/", "-")              # "T-shirt/top"
             folder.mkdir(parents=True, exist_ok=True)
             to_pil(to_float(image)).save(folder / f"{place:06d}.png")
 
 
 # ---- Processes ---------------------------------------------------------------------------------------------
+
 
 def process_rank():
     """(rank, number of processes), as torchrun says; (0, 1) without it."""
@@ -702,7 +691,7 @@ def process_rank():
 @contextlib.contextmanager
 def process_group(device):
     """Join the other processes of torchrun, if any and not yet done; yields this process's device."""
-    joins = process_rank()[1] > 1 and not distributed.is_initialized()      # a tokenizer's run is within another
+    joins = process_rank()[1] > 1 and not distributed.is_initialized()      # a tokenizer's is within another
     if joins and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"         # one process per GPU
     device = pick_device(device)
@@ -710,7 +699,8 @@ def process_group(device):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
     if joins:       # others wait while the first one downloads or saves; NCCL's 10 minutes can be too few
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield device
     finally:
@@ -731,17 +721,18 @@ def first_process_first(action):
 
 @contextlib.contextmanager
 def interruptible():
-    """Turn Ctrl-C and SIGTERM into an event that the loop asks for; a second Ctrl-C interrupts at once, but
-    not under torchrun, which passes on the Ctrl-C that its processes have already had from the terminal."""
-    def on_signal(number, frame):
-        event.set()
-        if "RANK" not in os.environ:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+    """Turn Ctrl-C and SIGTERM into entries of a list that the loop looks at. A second one interrupts at once,
+    but not under torchrun, which passes on the Ctrl-C that its processes have already had."""
+    came = []
 
-    event, main = threading.Event(), threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    def on_signal(number, frame):
+        came.append(number)
+        if len(came) > 1 and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -757,105 +748,98 @@ def say(text):
 
 
 def evaluate(path, seed=0, data=None, device=None, **options):
-    """quality() of a checkpoint; data is the folder of the data set, if it is not where it was at training."""
+    """quality() of a checkpoint; data is the folder of the data set, if it is not where it was then."""
     preset = Preset(**read_checkpoint(path)["preset"])
+    preset = replace(preset, data=data or preset.data)
     with process_group(device) as device:
         model = first_process_first(lambda: load(path, device))
-        train_set, held_out, names = first_process_first(lambda: load_data(replace(preset, data=data or preset.data)))
+        train_set, held_out, names = first_process_first(lambda: load_data(preset))
         if preset.conditional and names != model.class_names:
             raise ValueError(f"{path} was trained on the classes {model.class_names}, the data have {names}")
         return quality(model, train_set, held_out, seed=seed, **options)
 
 
 def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, features="pixels",
-            reference=None, known=None, **sampling):
+            reference=None, **sampling):
     """Measures of class-balanced samples, beside the same numbers for real held-out images.
 
-    count      number of samples, at least 5; sample i has class i mod K
+    count      number of samples, at least 5; sample i has class i mod K, and 8 bits as in an image file
     steps      T, one or several
-    features   of fid.FEATURES; real are 50,000 training images at most, 10,000 if these are pixels
+    cfg        guidance scale, 1 = off
+    features   torch-fidelity, pytorch-fid (50,000 training images at most are real) or pixels (10,000)
     reference  npz of statistics to compare with instead
-    known      dictionary that keeps what does not depend on the model, for the next call
     sampling   other arguments of generate or generate_latent, in place of the preset's
-    returns    {row: {column: number}}, on all processes of torchrun alike. Rows are those of fid.compare, FID of
-               reconstructed training images (rFID); and of pixels: judged right, the share of images whose class
-               an SVC trained on the real ones reads; nearest, the median distance to the nearest real image over
-               that of the held-out ones, well below 1 if images were memorised
-
-    Samples have 8 bits, as in an image file, but no file is written.
+    returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of reconstructed training
+               images (rFID); of pixels, judged right, the share of images whose class an SVC trained on the real
+               ones reads, and nearest, the median distance to the nearest real image over that of the held-out
+               ones, well below 1 if images were memorised
     """
-    if count < 5 or min(steps, default=0) < 1:
-        raise ValueError(f"--count must be at least 5 and --steps at least 1, got {count} and {steps}")
+    steps = (steps,) if isinstance(steps, int) else steps
+    if count < 5 or min(steps) < 1 or features not in FEATURES:
+        raise ValueError(f"--count must be at least 5, --steps at least 1, --features one of {FEATURES}, got "
+                         f"{count}, {steps} and {features}")
     device, K, pixels = next(model.parameters()).device, max(model.num_classes, 1), features == "pixels"
-    places, seconds, known = some(train_set, 10_000 if pixels else 50_000), Counter(), {} if known is None else known
-    network = first_process_first(lambda: feature_network(features, device))
-    if pixels and all((x == x[:1]).all() for x in images_of(train_set, places[:100])):      # digits, without colour
+    network, seconds, rows = feature_network(features, device), {}, defaultdict(dict)
+    places = some(train_set, 10_000 if pixels else 50_000)
+    if pixels and all((x == x[:1]).all() for x in images_of(train_set, places[:100])):      # without colour
         network = lambda x: (pixel_features(x, grey=True),)
 
-    def samples(T, part):
+    def extracted(places, images):
+        """fid.Extracted of images at some places, each batch of them by one process."""
+        part = gathered(places, lambda part: torch.cat(network(images(part).to(device)), dim=1))
+        pool, logits = (part, part[:, :0]) if pixels else (part[:, :-1008], part[:, -1008:])
+        return Extracted(FeatureStatistics(pool.shape[1]).update(pool), pool, logits)
+
+    def sample(T, part):
         began = time.perf_counter()
         x = sampler(model)(model, [i % K for i in part], T, cfg, seed=seed, first=part[0], **sampling)
         x = to_uint8((x + 1) / 2, truncate=sampling.get("official", False)).cpu()
-        seconds[T] += time.perf_counter() - began
+        seconds.setdefault(T, []).append((time.perf_counter() - began) / len(part))
         return x
 
     def again(data, part):
         return reconstruct(model, to_float(images_of(data, part)).to(device)).cpu()
 
-    def extracted(part_of, images, *which):
-        """fid.Extracted of images, each batch of them by one process."""
-        rows = gathered(part_of, lambda part: torch.cat(network(images(*which, part).to(device)), dim=1))
-        pool, logits = (rows, rows[:, :0]) if pixels else (rows[:, :-1008], rows[:, -1008:])
-        return Extracted(FeatureStatistics(pool.shape[1]).update(pool), pool, logits)
-
-    samples(steps[0], [0])                                  # what the first call prepares is not timed
+    sample(steps[0], [0])                                   # what the first call prepares is not timed
     seconds.clear()
-    columns = {f"T = {T}": extracted(range(count), samples, T) for T in steps}
+    real = (load_statistics(reference, features) if reference
+            else extracted(places, partial(images_of, train_set)))
+    columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
     labels = dict.fromkeys(columns, [i % K for i in range(count)])
-    if "real" not in known:
-        known["real"] = load_statistics(reference, features) if reference else extracted(places, images_of, train_set)
-        known["held-out"] = held_out and extracted(some(held_out, 50_000), images_of, held_out)
-    real = known["real"]
     if held_out:
-        columns["real held-out"], labels["real held-out"] = known["held-out"], held_out.targets
-    rows = {}
+        columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
+        labels["real held-out"] = held_out.targets
     for column, images in columns.items():
         for row, value in compare(images, real, features).items():
-            rows.setdefault(row, {})[column] = value
-    if pixels and real.features is not None:
+            rows[row][column] = value
+    if not pixels:
+        again_8_bits = extracted(places, lambda part: to_uint8((again(train_set, part) + 1) / 2))
+        rows["rFID"]["training set"] = compare(again_8_bits, real, features)["FID"]
+    elif not reference:
         from sklearn.svm import SVC
         if model.num_classes:
             judge = SVC(gamma="scale", C=10).fit(real.features, [train_set.targets[i] for i in places])
-            rows["judged right"] = {column: judge.score(x.features, labels[column]) for column, x in columns.items()}
-        nearest = {column: nearest_neighbours(x.features, real.features)[0].quantile(0.5).item()
-                   for column, x in columns.items()}
-        unit = nearest.get("real held-out", 1.0)
-        rows["nearest"] = {column: distance / unit for column, distance in nearest.items()}
-    elif not pixels:
-        mended = extracted(places, lambda part: to_uint8((again(train_set, part) + 1) / 2))
-        rows["rFID"] = {"training set": compare(mended, real, features)["FID"]}
+            rows["judged right"] = {T: judge.score(x.features, labels[T]) for T, x in columns.items()}
+        nearest = {T: nearest_neighbours(x.features, real.features)[0].quantile(0.5).item()
+                   for T, x in columns.items()}
+        rows["nearest"] = {T: distance / nearest.get("real held-out", 1.0) for T, distance in nearest.items()}
     if held_out:
-        error = gathered(some(held_out, 10_000), lambda part: (
+        error = gathered(range(len(held_out)), lambda part: (
             again(held_out, part) - to_float(images_of(held_out, part))).square().mean((1, 2, 3)))
-        rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
-    mine = sum(map(len, batches_of(range(count))))
-    return rows | {"ms per image": {f"T = {T}": 1000 * seconds[T] / max(mine, 1) for T in steps}}
+        rows["reconstruction MSE"]["real held-out"] = error.mean().item()
+    rows["ms per image"] = {f"T = {T}": 1000 * np.mean(seconds.get(T, [math.nan])) for T in steps}
+    return dict(rows)
 
 
-def gathered(places, rows_of):
+def gathered(places, rows_of, batch=100):
     """Rows [n, ...] of all places, on all processes. Fixed batches are computed whole, each by one process, so
     that rounding does not depend on their number."""
-    mine = [(part, rows_of(part).cpu()) for part in batches_of(places)]
-    if distributed.is_initialized():
-        parts = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, mine)
-        mine = sum(parts, [])
-    return torch.cat([rows for _, rows in sorted(mine, key=lambda part: part[0])])
-
-
-def batches_of(places, batch=100):
     rank, world = process_rank()
-    return [list(places[i:i + batch]) for i in range(rank * batch, len(places), world * batch)]
+    parts = [places[i:i + batch] for i in range(rank * batch, len(places), world * batch)]
+    gathered = [[(part[0], rows_of(part).cpu()) for part in parts]] * world
+    if world > 1:
+        distributed.all_gather_object(gathered, gathered[0])
+    return torch.cat([rows for _, rows in sorted(sum(gathered, []), key=lambda part: part[0])])
 
 
 def some(data, limit):
@@ -872,8 +856,7 @@ def images_of(data, places):
 
 def list_presets():
     """A line per preset, from models on the meta device: sizes, and GFLOPs of one image."""
-    steps, totals = (1, 2, 4, 6), {}
-    form = ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>9}" * 7).format
+    steps, totals, form = (1, 2, 4, 6), {}, ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>9}" * 7).format
     print(form("preset", "pixels", "tokens", "L", "parameters", "encode", "denoise", "decode",
                *(f"T = {T}" for T in steps)))
     for name, preset in PRESETS.items():
@@ -888,79 +871,63 @@ def list_presets():
 
 
 def cost(preset):
-    """The model of a preset, without weights, and GFLOPs of encoding (0 for an RAE, which encodes only to train),
-    denoising (0 in a Sphere Encoder) and decoding one image; 2 for every multiply-add."""
+    """The model of a preset, without weights, and GFLOPs of encoding (0 for an RAE, which encodes only to
+    train), denoising (0 in a Sphere Encoder) and decoding one image; 2 for every multiply-add."""
     def flops(call, *shape):
         with FlopCounterMode(display=False) as counter:
             call(torch.empty(1, *shape))
         return counter.get_total_flops() / 1e9
 
-    names = [str(k) for k in range({"flowers102": 102, "animal-faces": 3, "imagenet": 1000}.get(preset.dataset, 10))]
+    rae, classes = preset.tokenizer == "rae", {"flowers102": 102, "animal-faces": 3, "imagenet": 1000}
+    names = [str(k) for k in range(classes.get(preset.dataset, 10))]
     with torch.device("meta"):
-        if not preset.tokenizer:
-            model = build_model(preset, names)
-            return model, flops(model.encode, 3, *model.image_size), 0, flops(model.decode, *model.latent_shape)
-        if preset.tokenizer == "rae":
-            encode, decoder = 0, RAEDecoder(**RAE_DECODER_SIZE)
-            shape, decode = decoder.latent_shape, flops(decoder, *decoder.latent_shape)
-        else:
-            tokenizer, encode, _, decode = cost(PRESETS[preset.tokenizer])
-            shape = tokenizer.latent_shape
-        model = build_model(preset, names, shape)
-        return model, encode, flops(model, *shape), decode
+        coder = (RAEDecoder(**RAE_DECODER_SIZE) if rae
+                 else build_model(PRESETS.get(preset.tokenizer, preset), names))
+        model = build_model(preset, names, coder.latent_shape) if preset.tokenizer else coder
+        encode = 0 if rae else flops(coder.encode, 3, *coder.image_size)
+        denoise = flops(model, *model.latent_shape) if preset.tokenizer else 0
+        return model, encode, denoise, flops(coder if rae else coder.decode, *coder.latent_shape)
+
+
+def documented(function):
+    """{name: (type, default, help)} of a function's arguments that have a default and a line in its docstring."""
+    lines = dict(re.findall(r"^    (\w+)  +(.*)$", function.__doc__, re.M))
+    return {name: (type(p.default), p.default, lines[name])
+            for name, p in inspect.signature(function).parameters.items() if name in lines and p.default != p.empty}
 
 
 def main(argv=None):
-    # The preset comes first, so that --help shows its defaults and not those of another.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    first.add_argument("--preset", choices=PRESETS, metavar="NAME", help="settings to start from; see --list (digits)")
-    name = getattr(first.parse_known_args(argv)[0], "preset", "digits")
-    parser = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", __doc__, parents=[first],
+    argv = sys.argv[1:] if argv is None else argv
+    name = next((after for word, after in zip(argv, argv[1:]) if word == "--preset"), "digits")
+    parser = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--out", type=Path, help="folder of the run (out/NAME)")
-    add("--seed", type=int, help="of the training, or of the samples to evaluate (0)")
-    add("--resume", action="store_true", help="continue the run in --out, exactly")
-    add("--device", help="(cuda if there is one, else cpu)")
-    add("--list", action="store_true", help="print all presets with sizes and cost, and stop")
-    add("--export", type=Path, metavar="FOLDER", help="write the preset's images there, and stop")
-    add = parser.add_argument_group("speed and memory; results change by rounding only").add_argument
-    add("--workers", type=int, help="processes that read images (as the data need)")
-    add("--accumulate", type=int, help="micro-batches per iteration and process (1)")
-    add("--activation-checkpointing", action="store_true", help="less memory, a third slower")
-    add("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
-    add("--latents", type=Path, metavar="NPY", help="encode all images once, into this file (images in memory always)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples, and stop")
-    add("--evaluate-every", type=float, metavar="EPOCHS", help="while training; keeps the best model as best.pt")
-    add("--count", type=int, help="number of samples (1000), or of images to export (all)")
-    add("--steps", type=literal, help="T, one or several (1,2,4)")
-    add("--cfg", type=float, help="guidance scale, 1 = off (1)")
-    add("--features", choices=FEATURES, help="for FID and its relatives (pixels: distances of raw pixels)")
-    add("--reference", metavar="NPZ", help="statistics to compare with, instead of the training set's")
-    add = parser.add_argument_group(f"settings; in brackets those of {name}").add_argument
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Preset), re.M))
-    for f in fields(Preset):
-        default, option = getattr(PRESETS[name], f.name), "--" + f.name.replace("_", "-")
-        shown = f"{helps[f.name]} ({','.join(map(str, default)) if isinstance(default, tuple) else default})"
-        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool
-                else {"type": name_value, "nargs": "+", "metavar": "NAME=VALUE"} if f.type is dict
-                else {"type": f.type if f.type in (int, float, str) else literal, "metavar": "X"})
-        add(option, help=shown, **kind)
-    given = vars(parser.parse_args(argv))
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help="settings to start from (digits)")
+    parser.add_argument("--out", type=Path, help="folder of the run (out/NAME)")
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="print the quality of its samples, and stop")
+    parser.add_argument("--list", action="store_true", help="print all presets with sizes and cost, and stop")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write --count images there, and stop")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Preset), re.M))
+    settings = {f.name: (f.type, getattr(PRESETS.get(name, DIGITS), f.name), comments[f.name]) for f in fields(Preset)}
+    for title, options in (("training", documented(train)), ("evaluation", documented(quality)),
+                           (f"settings; in brackets those of {name}", settings)):
+        group = parser.add_argument_group(title)
+        for option, (kind, default, text) in options.items():
+            how = {"type": kind if kind in (int, float, str) else literal, "metavar": "X"}
+            how = {bool: {"action": argparse.BooleanOptionalAction},
+                   dict: {"type": name_value, "nargs": "+", "metavar": "NAME=VALUE"}}.get(kind, how)
+            group.add_argument("--" + option.replace("_", "-"), help=f"{text} ({default})", **how)
     with errors_in_one_line("train.py"):
-        run(given, given.pop("preset", None))
+        run(vars(parser.parse_args(argv)))
 
 
-def run(given, name):
-    """Do what the options say that were given, on a preset of that name."""
-    changes = {f.name: given.pop(f.name) for f in fields(Preset) if f.name in given}
-    judged = {key: given.pop(key) for key in ("count", "steps", "cfg", "features", "reference") if key in given}
+def run(given):
+    """Do what the options say that were given."""
+    changes, judged = ({option: given.pop(option) for option in options if option in given}
+                       for options in ([f.name for f in fields(Preset)], documented(quality)))
     if "sampling" in changes:
         changes["sampling"] = dict(changes["sampling"])
-    if isinstance(judged.get("steps"), int):
-        judged["steps"] = (judged["steps"],)
+    name = given.pop("preset", None)
     settings, out = PRESETS[name or "digits"], given.pop("out", Path("out", name or "digits"))
     if given.pop("list", False):
         list_presets()
@@ -975,8 +942,8 @@ def run(given, name):
         for row, numbers in rows.items():
             say(f"{row:20}" + "".join(f"{numbers[c]:15.4f}" if c in numbers else " " * 15 for c in columns))
     elif judged and not given.get("evaluate_every"):
-        raise ValueError(f"--{min(judged)} belongs to --evaluate or --evaluate-every; the length of a training is "
-                         f"--iterations or --epochs")
+        raise ValueError(f"--{min(judged)} belongs to --evaluate or --evaluate-every; the length of a training "
+                         f"is --iterations or --epochs")
     else:
         if given.get("resume") and (out / "last.pt").exists():
             stored = read_checkpoint(out / "last.pt", "optimizer")

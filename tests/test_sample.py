@@ -1,5 +1,4 @@
 import json
-import math
 import pickle
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 from PIL import Image
 
 import sample
-from conftest import ROOT, one_line, with_seeded_weights
-from models import SphereEncoder, convert_official
-from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct
+from conftest import ROOT, one_line
+from models import convert_official
+from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct, sampler
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, truncate_noise
 from test_models import CFG, golden_model, released
 
@@ -157,27 +156,20 @@ def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model):
     torch.testing.assert_close(reconstruct(model, x, Y), model.decode(spherify(model.encode(x, Y)), Y))
 
 
-@pytest.mark.parametrize("change, named", [
-    (dict(y=torch.tensor([0, 5])), "5"), (dict(y=torch.tensor([-1])), "-1"),
-    (dict(y=torch.tensor([[1]])), "[[1]]"), (dict(y=torch.tensor([0.5])), "0.5"), (dict(steps=0), "0"),
-    (dict(cfg=-1.0), "-1.0"), (dict(cfg=math.nan), "nan"), (dict(alpha=90.0), "90.0"),
-    (dict(gamma=-1.0), "-1.0"), (dict(position="middle"), "middle"), (dict(seed=-1), "-1"),
-    (dict(bound=-2.0), "-2.0"),
-    (dict(e=torch.zeros(2, 15, 7)), "[1, 2, 15, 7]"),
-    (dict(e=torch.zeros(3, 15, 7), shared=False), "[1, 3, 15, 7]"),
-])
-def test_bad_sampling_options_are_named(model, change, named):
-    with pytest.raises(ValueError) as error:
-        generate(model, **{**dict(y=Y, steps=2), **change})
-    assert named in str(error.value)
-
-
-def test_guidance_without_classes_is_refused(unconditional):
-    with pytest.raises(ValueError, match="unconditional|conditional model"):
-        generate(unconditional, torch.zeros(2, dtype=torch.int64), 2, 1.5)
-
-
 # ---- checkpoints ----
+
+
+def run(checkpoint, out, options=""):
+    main([*options.split(), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"])
+
+
+def refusal(capsys, checkpoint, out, options=""):
+    """The one line with which a command is refused, that writes nothing."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(checkpoint, out, options)
+    assert exit.value.code == 2 and not out.exists()
+    return one_line(capsys, "sample.py: ")
 
 
 def test_a_checkpoint_alone_rebuilds_the_model(trained):
@@ -187,8 +179,16 @@ def test_a_checkpoint_alone_rebuilds_the_model(trained):
         assert not model.training and model.config == stored["config"] and model.class_names[7] == "7"
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, stored["ema" if ema else "model"][name])
-    assert stored["use_ema"]
+    assert stored["preset"]["use_ema"]
     assert torch.equal(load(trained).decoder.ffn.linear.weight, stored["ema"]["decoder.ffn.linear.weight"])
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained_latent"])
+def test_the_checkpoints_to_resume_from_and_to_sample_from_give_the_same_samples(kind, request):
+    last = request.getfixturevalue(kind)
+    one, two = (load(path) for path in (last, last.with_name("model.pt")))
+    assert torch.equal(sampler(one)(one, Y, 2), sampler(two)(two, Y, 2))
+    assert "optimizer" not in read_checkpoint(last.with_name("model.pt"))
 
 
 class Explosive:
@@ -196,27 +196,26 @@ class Explosive:
         return (open, ("exploded", "w"))
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "flipped", "pickle", "code", "other",
-                                    "keys", "config", "weights"])
-def test_what_is_no_checkpoint_is_refused_in_one_line(damage, trained, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("damage, named", [
+    *((damage, "bad.pt") for damage in ("missing", "text", "empty", "truncated", "pickle", "code", "foreign")),
+    ("setting", "colour"), ("weights", "decoder.ffn.linear.bias"), ("no average", "ema"),
+])
+def test_what_is_no_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys, monkeypatch, damage, named):
     monkeypatch.chdir(tmp_path)
-    path, good, checkpoint = tmp_path / "bad.pt", trained.read_bytes(), dict(read_checkpoint(trained))
-    middle = len(good) // 2
-    raw = {"text": b"hello", "empty": b"", "truncated": good[:20_000], "pickle": pickle.dumps(Explosive()),
-           "flipped": good[:middle] + bytes([good[middle] ^ 64]) + good[middle + 1:]}
+    path, good = tmp_path / "bad.pt", trained.with_name("model.pt")
+    checkpoint = read_checkpoint(good)
+    weights = {name: x for name, x in checkpoint["model"].items() if name != "decoder.ffn.linear.bias"}
+    change = {"code": {"class_names": Explosive()}, "weights": {"model": weights},
+              "setting": {"config": {**checkpoint["config"], "colour": 1}},
+              "no average": {"preset": {**checkpoint["preset"], "use_ema": False}}}
+    raw = {"text": b"hello", "empty": b"", "truncated": good.read_bytes()[:20_000],
+           "pickle": pickle.dumps(Explosive())}
     if damage in raw:
         path.write_bytes(raw[damage])
-    elif damage == "keys":
-        torch.save({key: value for key, value in checkpoint.items() if key != "optimizer"}, path)
-    else:
-        change = {"code": {"preset": Explosive()},
-                  "config": {"config": {**checkpoint["config"], "colour": 1}},
-                  "weights": {"ema": dict(list(checkpoint["ema"].items())[:-1])}, "other": {"kind": "other"}}
-        torch.save({**checkpoint, **change[damage]}, path)
-    with pytest.raises(SystemExit) as exit:
-        main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
-    assert exit.value.code == 2 and str(path) in one_line(capsys, "sample.py: ")
-    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
+    elif damage != "missing":
+        torch.save(weights if damage == "foreign" else {**checkpoint, **change[damage]}, path)
+    assert named in refusal(capsys, path, tmp_path / "out", "--ema" if damage == "no average" else "")
+    assert not (tmp_path / "exploded").exists()
 
 
 # ---- checkpoints of the official code ----
@@ -234,179 +233,158 @@ def official(tmp_path):
                      (model.config["encoder_size"], model.config["decoder_size"])))
     (tmp_path / "cfg.json").write_text(json.dumps({**CFG, **sizes}))
     model.load_state_dict(convert_official(weights))
-    return tmp_path, model.eval()
+    return tmp_path / "ep0007.pth", tmp_path / "cfg.json", model.eval()
 
 
 def test_a_checkpoint_of_the_official_code_is_sampled_with_its_configuration(official, tmp_path):
-    folder, model = official
-    plain = load(folder / "ep0007.pth", config=folder / "cfg.json")
+    path, cfg, model = official
+    plain, averaged = (load(path, ema=ema, config=cfg) for ema in (None, True))
     assert torch.equal(generate(plain, Y, 2), generate(model, Y, 2, alpha=85.0))
-    assert not torch.equal(generate(plain, Y, 2),
-                           generate(load(folder / "ep0007.pth", ema=True, config=folder / "cfg.json"), Y, 2))
-    main(["--checkpoint", str(folder / "ep0007.pth"), "--config", str(folder / "cfg.json"), "--count", "3",
-          "--out", str(tmp_path / "out"), "--singles"])
-    assert len(list((tmp_path / "out").iterdir())) == 4
-
-
-class Code:
-    def __reduce__(self):
-        return print, ("this must not be printed",)
+    assert not torch.equal(generate(plain, Y, 2), generate(averaged, Y, 2))
+    run(path, tmp_path, f"--config {cfg} --count 3 --singles")
+    assert_singles_are(generate(model, [0, 1, 2], 4), tmp_path)
 
 
 @pytest.mark.parametrize("damage, named", [
-    ("truncated", "not a readable checkpoint"), ("flipped bit", "checksum"),
-    ("code", "not a readable checkpoint"), ("no model", "no weights 'model'"),
-    ("missing key", "decoder.ffn.linear.bias is missing"),
-    ("other sizes", "do not fit"), ("no cfg", "cfg.json: no such file"), ("cfg no json", "not a cfg.json"),
-    ("cfg a list", "not a cfg.json"), ("cfg key", "'patch_size' is missing"), ("cfg value", "got 'large'"),
-    ("without config", "--config"),
+    ("truncated", "ep0007.pth"), ("no model", "ep0007.pth"), ("without config", "--config"),
+    ("missing key", "decoder.ffn.linear.bias"), ("other sizes", "size mismatch"), ("no cfg", "cfg.json"),
+    ("cfg key", "'patch_size' is missing"),
 ])
-def test_damaged_official_checkpoints_are_refused_in_one_line(official, capsys, damage, named):
-    folder, _ = official
-    path, cfg = folder / "ep0007.pth", folder / "cfg.json"
-    content = torch.load(path)
-    raw = bytearray(path.read_bytes())
-    settings = json.loads(cfg.read_text())
+def test_damaged_official_checkpoints_are_refused_in_one_line(official, tmp_path, capsys, damage, named):
+    path, cfg, _ = official
+    content, settings = torch.load(path), json.loads(cfg.read_text())
     if damage == "truncated":
-        path.write_bytes(raw[:len(raw) // 2])
-    elif damage == "flipped bit":
-        raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw)
-    elif damage == "code":
-        torch.save({**content, "args": Code()}, path)
-    elif damage == "no model":
-        torch.save({"epoch": 7}, path)
-    elif damage == "missing key":
-        content["model"].pop("_orig_mod.decoder.ffn.linear.bias")
-        torch.save(content, path)
-    elif damage == "other sizes":
-        cfg.write_text(json.dumps({**settings, "token_channels": 6}))
+        path.write_bytes(path.read_bytes()[:100_000])
     elif damage == "no cfg":
         cfg.unlink()
-    elif damage == "cfg no json":
-        cfg.write_text("lr: 1")
-    elif damage == "cfg a list":
-        cfg.write_text("[1]")
-    elif damage == "cfg key":
-        settings.pop("patch_size")
-        cfg.write_text(json.dumps(settings))
-    elif damage == "cfg value":
-        cfg.write_text(json.dumps({**settings, "image_size": "large"}))
-    options = [] if damage == "without config" else ["--config", str(cfg)]
-    with pytest.raises(SystemExit) as exit:
-        main(["--checkpoint", str(path), "--out", str(folder / "out"), *options])
-    printed = capsys.readouterr()
-    lines = printed.err.strip().splitlines()
-    assert exit.value.code == 2 and printed.out == ""
-    assert len(lines) == 1 and lines[0].startswith("sample.py: ") and named in lines[0]
-    assert not (folder / "out").exists()
+    elif damage in ("no model", "missing key"):
+        content["model"].pop("_orig_mod.decoder.ffn.linear.bias")
+        torch.save(content if damage == "missing key" else {"epoch": 7}, path)
+    elif damage in ("other sizes", "cfg key"):
+        settings.pop("patch_size" if damage == "cfg key" else "epoch", None)
+        cfg.write_text(json.dumps({**settings, "token_channels": 6}))
+    options = "" if damage == "without config" else f"--config {cfg}"
+    assert named in refusal(capsys, path, tmp_path / "out", options)
 
 
 # ---- command line ----
 
 
-def run(trained, out, *options):
-    return main(["--checkpoint", str(trained), "--out", str(out), "--device", "cpu", *options])
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A working folder with a wide photo, a tall grey one with alpha, and a white image."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 50, 3), dtype=np.uint8)).save("a.png")
+    Image.fromarray(rng.integers(0, 256, (50, 20, 2), dtype=np.uint8), "LA").save("b.png")
+    Image.new("L", (16, 16), 255).save("white.png")
 
 
-def test_the_command_writes_a_grid_and_singles_that_depend_on_their_index_alone(trained, tmp_path):
-    run(trained, tmp_path / "a", "--count", "7", "--steps", "2", "--singles", "--batch-size", "3",
-        "--seed", "4")
-    run(trained, tmp_path / "b", "--count", "12", "--steps", "2", "--singles", "--seed", "4")
-    assert (sorted(p.name for p in (tmp_path / "a").iterdir())
-            == [f"{i:06d}.png" for i in range(7)] + ["samples.png"])
-    for i in range(7):
-        a, b = (np.asarray(Image.open(tmp_path / f / f"{i:06d}.png")).astype(int) for f in "ab")
-        assert a.shape == (16, 16, 3) and abs(a - b).max() <= 1
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def assert_singles_are(images, out):
+    """The folder's single images are these in [-1, 1], each rounded to 8 bits."""
+    assert sorted(p.name for p in (out / "images").iterdir()) == [f"{i:06d}.png" for i in range(len(images))]
+    for i, image in enumerate(images):
+        written = pixels(out / "images" / f"{i:06d}.png")
+        assert abs(written - ((image + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+
+
+def test_the_command_writes_a_picture_and_singles_that_depend_on_seed_and_index_alone(trained, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    run(trained, a, "--steps 2 --seed 4 --singles --count 7 --batch-size 3")
+    run(trained, b, "--steps 2 --seed 4 --singles --count 12")
+    assert sorted(p.name for p in a.iterdir()) == ["generate.png", "images"]
+    assert len(list((a / "images").iterdir())) == 7
+    for path in (a / "images").iterdir():
+        other = pixels(b / "images" / path.name)
+        assert other.shape == (16, 16, 3) and abs(pixels(path) - other).max() <= 1
     x = generate(load(trained), torch.tensor([5]), 2, seed=4, first=5)      # sample 5 of all has class 5
-    written = np.asarray(Image.open(tmp_path / "a" / "000005.png"))
+    written = pixels(a / "images" / "000005.png")
     assert abs(written - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
 
 
 @pytest.mark.parametrize("options, meaning", [
-    (["--steps", "3"], dict(steps=3)), (["--cfg", "2"], dict(cfg=2.0)), (["--fresh"], dict(shared=False)),
-    (["--official"], dict(official=True)),
-    (["--cfg", "2", "--position", "decoder"], dict(cfg=2.0, position="decoder")),
-    (["--gamma", "1"], dict(gamma=1.0)), (["--alpha", "60"], dict(alpha=60.0)),
-    (["--seed", "9"], dict(seed=9)), (["--no-ema"], dict(ema=False)),
-    (["--classes", "3,10"], dict(y=[3, 10, 3, 10])), (["--bound", "0.5"], dict(bound=0.5)),
+    ("--steps 3", dict(steps=3)), ("--cfg 2", dict(cfg=2.0)), ("--seed 9", dict(seed=9)),
+    ("--no-ema", dict(ema=False)), ("--classes 3 10", dict(y=[3, 10, 3, 10])),
+    ("--sampling shared=False", dict(shared=False)), ("--sampling official=True", dict(official=True)),
+    ("--cfg 2 --sampling position=decoder", dict(cfg=2.0, position="decoder")),
+    ("--sampling gamma=1 alpha=60", dict(gamma=1.0, alpha=60.0)), ("--sampling bound=0.5", dict(bound=0.5)),
 ])
 def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, options, meaning):
-    run(trained, tmp_path, "--count", "4", "--steps", "2", "--singles", *options)
+    run(trained, tmp_path, "--count 4 --steps 2 --singles " + options)
     settings = {**dict(y=[0, 1, 2, 3], steps=2), **meaning}
     model = load(trained, ema=settings.pop("ema", None))
-    expected = generate(model, settings.pop("y"), **settings)
-    for i in range(4):
-        drawn = np.asarray(Image.open(tmp_path / f"{i:06d}.png"))
-        assert abs(drawn - ((expected[i] + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+    assert_singles_are(generate(model, settings.pop("y"), **settings), tmp_path)
 
 
-def test_grids_have_a_row_per_class_or_a_caption_per_image(trained, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        sample, "picture",
-        lambda panels, **names: seen.append((*panels.values(), names)) or Image.new("L", (1, 1)))
-    run(trained, tmp_path / "rows", "--count", "5", "--steps", "1", "--classes", "3,5")
-    run(trained, tmp_path / "captions", "--count", "5", "--steps", "1", "--classes", "7")
-    x = generate(load(trained), [3, 5, 3, 5, 3], 1)
-    images, names = seen[0]
-    assert names == {"row_names": ["3", "5"]} and images.shape[:2] == (2, 3)
-    torch.testing.assert_close(images[0], x[[0, 2, 4]])
-    torch.testing.assert_close(images[1], torch.cat([x[[1, 3]], torch.ones_like(x[:1])]))       # a white cell
-    images, names = seen[1]
-    assert names == {"captions": ["7"] * 5 + [""]} and images.shape[:2] == (2, 3)
+def places(drawn, image):
+    """Where a picture shows an image of 16 x 16 pixels, three times as large: (row, pixels from the left)."""
+    image = image.repeat(3, axis=0).repeat(3, axis=1)
+    return [(row, x) for row in range((len(drawn) - 34) // 48) for x in range(drawn.shape[1] - 47)
+            if np.array_equal(drawn[26 + 48 * row:74 + 48 * row, x:x + 48], image)]
+
+
+@pytest.mark.parametrize("classes, count, row_of", [
+    ("3 5", 5, lambda i: i % 2), ("0 1 2 3 4 5 6 7 8 9 10 0 1 2 3 4 5", 33, lambda i: i // 16)])
+def test_pictures_have_a_row_per_class_and_of_many_classes_rows_of_sixteen(
+        trained, tmp_path, classes, count, row_of):
+    run(trained, tmp_path, f"--count {count} --steps 1 --singles --classes {classes}")
+    drawn, rows = pixels(tmp_path / "generate.png"), {}
+    for i in range(count):
+        for row, x in places(drawn, pixels(tmp_path / "images" / f"{i:06d}.png")):
+            rows.setdefault(row, []).append((i, x))
+    assert sum(map(len, rows.values())) == count - 1                        # the last one would begin a column or row
+    for row, images in rows.items():
+        assert all(row_of(i) == row for i, _ in images) and (np.diff([x for _, x in images]) == 48).all()
 
 
 def test_a_picture_shows_every_image_where_it_belongs():
     images = torch.linspace(-0.9, 0.8, 6).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 48, 48)
     drawn = np.asarray(picture({"one": images, "two": -images}, ["a", "b"]))[:, :, 0].astype(int)
     for row in range(2):
-        line = drawn[26 + 50 * row + 25]
-        runs = [value for value, length in run_lengths(line) if length == 48]
+        line = drawn[26 + 48 * row + 24]
+        ends = [*np.flatnonzero(np.diff(line)), len(line) - 1]
+        runs = [line[end] for start, end in zip([-1, *ends], ends) if end - start == 48]
         expected = [round(((value + 1) * 127.5).item())
                     for value in [*images[row, :, 0, 0, 0], *-images[row, :, 0, 0, 0]]]
         assert runs == pytest.approx(expected, abs=1)
 
 
-def run_lengths(line):
-    ends = [*np.flatnonzero(np.diff(line)), len(line) - 1]
-    return [(line[end], end - start) for start, end in zip([-1, *ends], ends)]
-
-
-@pytest.mark.parametrize("options, named", [
-    (["--steps", "0"], "steps must"), (["--steps", "many"], "many"), (["--cfg", "-2"], "-2"),
-    (["--count", "0"], "--count"), (["--classes", "0,1,11", "--batch-size", "2", "--singles"], "11"),
-    (["--classes", "a"], "'a'"), (["--alpha", "90"], "90"), (["--gamma", "-1"], "gamma"),
-    (["--position", "left"], "left"), (["--seed", "-1"], "seed"), (["--step", "3"], "--step"),
-    (["--batch-size", "0"], "--batch-size"), (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
-    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"),
+@pytest.mark.parametrize("kind, options, named", [("trained", *mistake) for mistake in (
+    ("--steps 0", "steps"), ("--cfg -2", "-2"), ("--cfg nan", "nan"), ("--classes 11", "11"), ("--seed -1", "seed"),
+    ("--classes 0 1 11 --batch-size 2 --singles", "11"), ("--device abacus", "abacus"),
+    ("--sampling alpha=90", "90"), ("--sampling gamma=-1", "gamma"), ("--sampling bound=0", "bound"),
+    ("--sampling position=left", "left"), ("--sampling project_last=True", "project_last"),
+    ("reconstruct", "--images"), ("reconstruct --images a.png x.png", "x.png"),
+    ("reconstruct --images a.png --classes 11", "11"), ("interpolate --classes 0 11", "11"),
+    ("crossover --images a.png", "two"), ("crossover --images a.png b.png --mask round", "round"),
+    ("crossover --images a.png b.png --classes 11", "11"), ("crossover --images a.png b.png --sampling r=2", "2"),
+    ("manipulate --images a.png b.png", "one"), ("manipulate --images a.png --classes 12", "12"),
+)] + [
+    ("tiny_tokenizer", "--classes 1", "0..0"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
+    ("tiny_tokenizer", "manipulate --images a.png", "classes"),
+    ("trained_latent", "--sampling position=encoder", "position"),
+    ("trained_latent", "crossover --images a.png b.png", "Sphere Encoder"),
 ])
-def test_bad_options_are_one_line_and_leave_nothing(trained, tmp_path, capsys, options, named):
-    with pytest.raises(SystemExit) as exit:
-        run(trained, tmp_path / "out", *options)
-    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ")
-    assert not (tmp_path / "out").exists()
+def test_mistakes_of_the_command_are_one_line_and_leave_nothing(
+        photos, tmp_path, capsys, request, kind, options, named):
+    assert named in refusal(capsys, request.getfixturevalue(kind), tmp_path / "out", options)
 
 
-def test_classes_of_an_unconditional_checkpoint_are_refused(trained, tmp_path, capsys):
-    model = with_seeded_weights(SphereEncoder(16, 4, 4, 0, (16, 1, 2), (16, 1, 2), 1))
-    torch.save({**read_checkpoint(trained), "config": model.config, "class_names": [], "use_ema": False,
-                "model": model.state_dict()}, tmp_path / "last.pt")
-    run(tmp_path / "last.pt", tmp_path / "out", "--count", "5")
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run(tmp_path / "last.pt", tmp_path / "out2", "--classes", "1")
-    assert "unconditional" in one_line(capsys, "sample.py: ")
-
-
-def test_samples_are_never_overwritten(trained, tmp_path, capsys):
-    run(trained, tmp_path, "--count", "2", "--steps", "1")
-    before = (tmp_path / "samples.png").read_bytes()
+def test_a_picture_may_be_drawn_again_but_single_images_are_never_overwritten(trained, tmp_path, capsys):
+    run(trained, tmp_path, "--count 2 --steps 1")
+    once = (tmp_path / "generate.png").read_bytes()
+    run(trained, tmp_path, "--count 2 --steps 2 --singles")
+    again = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert again[tmp_path / "generate.png"] != once and len(again) == 3
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        run(trained, tmp_path, "--count", "2", "--steps", "2")
-    assert exit.value.code == 2 and "already holds" in one_line(capsys, "sample.py: ")
-    assert (tmp_path / "samples.png").read_bytes() == before
+        run(trained, tmp_path, "--count 2 --steps 3 --singles")
+    assert exit.value.code == 2 and str(tmp_path / "images") in one_line(capsys, "sample.py: ")
+    assert again == {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
 
 
 # ---- Algorithm 1 of the Sphere Latent Encoder ----
@@ -469,12 +447,13 @@ def test_every_latent_option_changes_the_result(denoiser, change):
     assert (plain - changed).abs().max() > 1e-4
 
 
-def test_a_denoiser_brings_its_own_schedule(denoiser):
-    own = generate_latent(denoiser, Y, 4)
+def test_a_preset_brings_its_own_sampling(denoiser):
+    own = sampler(denoiser)(denoiser, Y, 4)
     assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=1.0, shared=True, alpha=70.0))
-    denoiser.gamma, denoiser.shared = 0.0, False
-    own = generate_latent(denoiser, Y, 4)
+    denoiser.sampling = {"gamma": 0.0, "shared": False}
+    own, given = (sampler(denoiser)(denoiser, Y, 4, **options) for options in ({}, {"gamma": 0.5}))
     assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=0.0, shared=False))
+    assert torch.equal(given, generate_latent(denoiser, Y, 4, gamma=0.5, shared=False))
 
 
 def test_latent_images_do_not_depend_on_the_batch(denoiser):
@@ -490,35 +469,14 @@ def test_reconstruction_of_a_denoiser_is_its_tokenizers(denoiser):
     assert torch.equal(reconstruct(denoiser, x), denoiser.tokenizer.decode(denoiser.tokenizer.encode(x)))
 
 
-def test_a_denoiser_without_tokenizer_is_refused(denoiser):
-    object.__setattr__(denoiser, "tokenizer", None)
-    with pytest.raises(ValueError, match="needs a denoiser with a tokenizer"):
-        generate_latent(denoiser, Y, 1)
-
-
 def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(
         trained_latent, tiny_tokenizer, tmp_path):
     loaded, tokenizer = load(trained_latent), load(tiny_tokenizer)
-    assert loaded.class_names == [str(k) for k in range(10)] and loaded.gamma == 1.0
+    assert loaded.class_names == [str(k) for k in range(10)]
     for name, weight in tokenizer.state_dict().items():
         assert torch.equal(weight, loaded.tokenizer.model.state_dict()[name])
-    main(["--checkpoint", str(trained_latent), "--out", str(tmp_path / "a"), "--count", "3", "--singles",
-          "--steps", "2", "--fresh", "--gamma", "0"])
-    x = generate_latent(loaded, torch.arange(3), 2, shared=False, gamma=0.0)
-    drawn = np.asarray(Image.open(tmp_path / "a" / "000001.png"), np.float32).transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(drawn, x[1], atol=1 / 255)
-
-
-@pytest.mark.parametrize("kind, flags, named", [
-    ("latent", ["--position", "encoder"], "--position"), ("plain", ["--project-last"], "--project-last"),
-    ("latent", ["--gamma", "-1"], "gamma"), ("latent", ["--cfg", "-1"], "cfg"),
-])
-def test_options_of_the_other_model_are_refused_in_one_line(
-        trained, trained_latent, tmp_path, capsys, kind, flags, named):
-    checkpoint = trained_latent if kind == "latent" else trained
-    with pytest.raises(SystemExit) as exit:
-        main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "a"), *flags])
-    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ") and not (tmp_path / "a").exists()
+    run(trained_latent, tmp_path, "--count 3 --singles --steps 2 --sampling shared=False gamma=0")
+    assert_singles_are(generate_latent(loaded, torch.arange(3), 2, shared=False, gamma=0.0), tmp_path)
 
 
 # ---- editing ----
@@ -533,7 +491,7 @@ def corners(model, count=2, seed=5):
 def test_ends_of_an_interpolation_are_its_corners_and_frames_share_later_noise(kind, spherical, request):
     """With the noise of later steps given: that of corner 0 in every frame."""
     net = request.getfixturevalue(kind)
-    draw, y, e = sample.sampler(net), torch.tensor([0, 3]), corners(net)
+    draw, y, e = sampler(net), torch.tensor([0, 3]), corners(net)
     x = sample.interpolate(net, y, sample.line(5), 3, spherical=spherical, seed=5)
     for frame, k in ((0, 0), (4, 1)):
         noise = torch.stack([e[k:k + 1], e[:1], e[:1]])
@@ -558,13 +516,6 @@ def test_a_square_is_bilinear_between_its_four_corners():
     torch.testing.assert_close(mixing.sum(-1), torch.ones(3, 3))
 
 
-@pytest.mark.parametrize("mixing, spherical", [(sample.line(3), False), (torch.rand(2), False),
-                                               (sample.square(2)[:, :3], True)])
-def test_corners_that_do_not_fit_the_mixing_are_named(model, mixing, spherical):
-    with pytest.raises(ValueError, match="one class per corner"):
-        sample.interpolate(model, torch.tensor([0, 1, 2]), mixing, 1, spherical=spherical)
-
-
 def photo(model, batch=2, seed=0):
     return torch.rand(batch, 3, *model.image_size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -587,7 +538,7 @@ def test_one_pass_without_noise_is_the_reconstruction_of_the_input_and_no_random
 
 @pytest.mark.parametrize("change", [
     dict(r=0.5), dict(gamma=1.0), dict(alpha=60.0), dict(shared=False), dict(seed=1), dict(cfg=2.0),
-    dict(cfg=2.0, position="encoder"), dict(y=torch.tensor([2, 1])), dict(first=3),
+    dict(cfg=2.0, position="encoder"), dict(y=torch.tensor([2, 1])),
 ])
 def test_every_option_of_an_edit_changes_it(model, change):
     base = dict(x=photo(model), y=torch.tensor([1, 2]), steps=4)
@@ -619,35 +570,6 @@ def test_a_crossover_begins_with_its_stitched_image_and_ends_elsewhere(model, na
     assert torch.equal(null, sample.crossover(model, a, b, torch.tensor([4, 4]), 2, mask=name))
 
 
-@pytest.mark.parametrize("call, named", [
-    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 2]), 0), "steps"),
-    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 2]), 1, r=1.5), "1.5"),
-    (lambda m: sample.edit(m, photo(m)[:, :, 1:], torch.tensor([1, 2]), 1), "[2, 3, 11, 20]"),
-    (lambda m: sample.edit(m, photo(m), torch.tensor([1, 9]), 1), "[1, 9]"),
-    (lambda m: sample.crossover(m, photo(m), photo(m), mask="round"), "'round'"),
-    (lambda m: sample.crossover(m, photo(m), photo(m), mask=torch.ones(3, 3)), "[3, 3]"),
-])
-def test_edits_that_cannot_be_are_named(model, call, named):
-    with pytest.raises(ValueError) as error:
-        call(model)
-    assert named in str(error.value)
-
-
-def test_a_denoiser_edits_no_images(denoiser):
-    with pytest.raises(ValueError, match="checkpoint of a Sphere Encoder"):
-        sample.edit(denoiser, photo(denoiser), torch.tensor([1, 2]), 1)
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A wide photo and a tall grey one with alpha, as files."""
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (20, 50, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    Image.fromarray(rng.integers(0, 256, (50, 20, 2), dtype=np.uint8), "LA").save(tmp_path / "b.png")
-    Image.new("L", (16, 16), 255).save(tmp_path / "white.png")
-    return [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-
-
 def test_image_files_are_resized_by_the_shorter_side_and_cropped_at_the_centre(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
@@ -656,96 +578,43 @@ def test_image_files_are_resized_by_the_shorter_side_and_cropped_at_the_centre(t
     assert x.shape == (2, 3, 8, 10) and x[..., 1:-1].min() > 0.95 and x.max() <= 1
 
 
-@pytest.mark.parametrize("word, flags, shape, singles", [
-    ("reconstruct", ["--images", "a", "b", "--singles"], (2, 2), 2),
-    ("interpolate", ["--rows", "2", "--frames", "3", "--singles"], (2, 3), 6),
-    ("interpolate", ["--square", "--frames", "3", "--steps", "2"], (3, 3), 0),
-    ("crossover", ["--images", "a", "b", "--steps", "3", "--singles"], (1, 6), 4),
-    ("manipulate", ["--images", "a", "--classes", "1,2,3", "--steps", "2", "--singles"], (3, 3), 6),
-    ("schemes", ["--count", "3", "--steps", "2"], (3, 8), 0),
-    ("guidance", ["--count", "3", "--steps", "2", "--scales", "1,2"], (3, 6), 0),
-    ("steps", ["--count", "3", "--steps", "2", "--cfg", "2"], (3, 4), 0),
+def lines(model, y, mixing, **options):
+    """Five interpolations one after the other, between classes in turn."""
+    return torch.cat([sample.interpolate(model, y[k:k + 2], mixing, 4, first=k, **options)
+                      for k in range(0, 10, 2)])
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("reconstruct --images a.png b.png", lambda m, x: reconstruct(m, x)),
+    ("reconstruct --images a.png b.png --classes 3", lambda m, x: reconstruct(m, x, torch.tensor([3, 3]))),
+    ("interpolate --frames 3", lambda m, x: lines(m, [*range(10)], sample.line(3))),
+    ("interpolate --frames 3 --way circle --classes 3 8 1 --seed 2",
+     lambda m, x: lines(m, 4 * [3, 8, 1], sample.line(3), spherical=True, seed=2)),
+    ("interpolate --frames 3 --way square --steps 2 --cfg 2 --sampling gamma=1",
+     lambda m, x: sample.interpolate(m, [0, 1, 2, 3], sample.square(3), 2, 2.0, gamma=1)),
+    ("crossover --images a.png b.png --steps 3", lambda m, x: sample.crossover(m, *x.split(1), steps=3)[1:, 0]),
+    ("manipulate --images a.png --classes 1 2 3 --steps 2",
+     lambda m, x: sample.manipulate(m, x[0], [1, 2, 3], 2)[1:].transpose(0, 1).flatten(0, 1)),
 ])
-def test_every_word_draws_its_picture(trained, photos, tmp_path, word, flags, shape, singles, monkeypatch):
-    files = dict(zip("ab", photos))
-    drawn, whole = [], sample.picture
-    monkeypatch.setattr(sample, "picture", lambda panels, *rest, **more: drawn.append(panels) or
-                        whole(panels, *rest, **more))
-    main([word, "--checkpoint", str(trained), "--out", str(tmp_path / "out"),
-          *(files.get(f, f) for f in flags)])
-    rows = {len(images) for images in drawn[0].values()}
-    assert (rows, sum(images.shape[1] for images in drawn[0].values())) == ({shape[0]}, shape[1])
-    assert (tmp_path / "out" / "samples.png").exists()
-    assert len([*(tmp_path / "out").glob("0*.png")]) == singles
-
-
-def test_guidance_is_drawn_at_every_position_with_every_scale(model, denoiser, tmp_path, monkeypatch):
-    drawn, whole = [], sample.picture
-    monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
-    for name, loaded in (("a", model), ("b", denoiser)):
-        loaded.class_names = list("abcd")
-        monkeypatch.setattr(sample, "load", lambda *args: loaded)
-        main(["guidance", "--out", str(tmp_path / name), "--count", "3", "--steps", "2", "--scales", "1,3"])
-    for (name, images), position in zip(drawn[0].items(), sample.POSITIONS, strict=True):
-        assert name == f"{position} 1, 3"
-        for k, scale in enumerate((1, 3)):
-            torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), 2, scale,
-                                                              position=position))
-    (images,) = drawn[1].values()
-    torch.testing.assert_close(images[:, 1], generate_latent(denoiser, torch.arange(3), 2, 3))
-
-
-def test_every_number_of_steps_is_drawn_without_and_with_guidance(model, tmp_path, monkeypatch):
-    drawn, whole = [], sample.picture
-    monkeypatch.setattr(sample, "picture", lambda panels, *rest: drawn.append(panels) or whole(panels, *rest))
-    model.class_names = list("abcd")
-    monkeypatch.setattr(sample, "load", lambda *args: model)
-    main(["steps", "--out", str(tmp_path), "--count", "3", "--steps", "2", "--cfg", "2", "--position",
-          "decoder"])
-    for images, scale in zip(drawn[0].values(), (1.0, 2.0), strict=True):
-        for k, T in enumerate((1, 2)):
-            torch.testing.assert_close(images[:, k], generate(model, torch.arange(3), T, scale,
-                                                              position="decoder"))
+def test_every_word_writes_what_its_function_gives_and_shows_it(trained, photos, tmp_path, options, expected):
+    run(trained, tmp_path, options + " --singles")
+    model = load(trained)
+    assert_singles_are(expected(model, sample.open_images(["a.png", "b.png"], model.image_size)), tmp_path)
+    drawn = pixels(f"{options.split()[0]}.png")
+    assert all(places(drawn, pixels(path)) for path in (tmp_path / "images").iterdir())
 
 
 def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
-    main(["interpolate", "--checkpoint", str(trained_latent), "--out", str(tmp_path / "a"), "--rows", "2",
-          "--frames", "3", "--gif", "--spherical", "--classes", "1,2,3"])
-    with Image.open(tmp_path / "a" / "samples.gif") as animation:
-        assert animation.n_frames == 6
+    run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
+    with Image.open(tmp_path / "interpolate.gif") as animation:
+        assert animation.n_frames == 15
 
 
-@pytest.mark.parametrize("flags", [["--r", "0.9"], ["--gamma", "0"], ["--mask", "diagonal"], ["--fresh"],
-                                   ["--class", "3"], ["--steps", "4"], ["--seed", "2"], ["--cfg", "2"],
-                                   ["--alpha", "50"], ["--mask", "white.png"]])
-def test_every_option_of_a_crossover_reaches_its_picture(trained, photos, tmp_path, flags):
-    flags = [str(tmp_path / word) if word.endswith(".png") else word for word in flags]
-    pictures = []
-    for name, more in (("plain", []), ("other", flags)):
-        main(["crossover", "--checkpoint", str(trained), "--out", str(tmp_path / name), "--class", "1",
-              "--cfg", "1.5", "--images", *photos, *more])
-        pictures.append((tmp_path / name / "samples.png").read_bytes())
-    assert pictures[0] != pictures[1]
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["crossover", "--images", "a"], "two images, got 1"), (["guidance", "--scales", "1,-1"], "-1"),
-    (["crossover", "--images", "a", "x.png"], "x.png"), (["generate", "--bound", "0"], "0"),
-    (["crossover", "--images", "a", "b", "--mask", "round"], "'round'"),
-    (["crossover", "--images", "a", "b", "--class", "11"], "11"), (["crossover"], "--images"),
-    (["crossover", "--images", "a", "b", "--r", "2"], "2.0"), (["interpolate", "--frames", "0"], "--frames"),
-    (["manipulate", "--images", "a", "b"], "one image"), (["steps", "--steps", "0"], "steps"),
-    (["manipulate", "--images", "a", "--classes", "12"], "12"),
-    (["reconstruct", "--images", "a", "--gif"], "--gif"),
-    (["interpolate", "--square", "--spherical"], "great circle"),
-    (["interpolate", "--official"], "--official"), (["generate", "--r", "1"], "--r"), (["dream"], "dream"),
-    (["crossover", "--images", "a", "b", "--steps", "0"], "steps"),
-])
-def test_mistakes_of_a_word_are_one_line_and_leave_nothing(trained, photos, tmp_path, capsys, argv, named):
-    files = dict(zip("ab", photos))
-    argv = [argv[0], "--checkpoint", str(trained), "--out", str(tmp_path / "out"),
-            *(files.get(word, word) for word in argv[1:])]
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2 and named in one_line(capsys, "sample.py: ")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("options", [
+    "--sampling r=0.9", "--sampling gamma=0", "--sampling shared=False", "--sampling alpha=50", "--classes 3",
+    "--mask diagonal", "--mask white.png", "--steps 3", "--seed 2", "--cfg 2"])
+def test_every_option_of_a_crossover_reaches_its_picture(trained, photos, options):
+    for out, more in (("plain", ""), ("other", options)):
+        run(trained, out, f"crossover --images a.png b.png --classes 1 --cfg 1.5 --steps 4 {more}")
+    plain, other = (pixels(f"{out}/crossover.png") for out in ("plain", "other"))
+    assert plain.shape != other.shape or (plain != other)[26:].any()                        # beneath the titles
