@@ -25,8 +25,10 @@ from torchvision.models import inception
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from models import pretrained
+
 # Inception as torch-fidelity feeds it, like the original TensorFlow network (the Sphere Encoder's published
-# numbers are of this kind), or as pytorch-fid, by PyTorch's resizing, which gives other numbers; or raw pixels.
+# numbers are of this kind), or as pytorch-fid, by PyTorch's resizing: other numbers; or raw pixels.
 FEATURES = ("torch-fidelity", "pytorch-fid", "pixels")
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
@@ -55,8 +57,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         roots = torch.linalg.eigvalsh(C1.T @ sigma2 @ C1).clamp(min=0).sqrt()       # three times as fast
     else:
         roots = torch.linalg.svdvals(C1.T @ C2)                 # a root would turn a rounded 0 into 1e-8
-    trace_root = roots.sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * roots.sum()
     return max(distance.item(), 0.0)
 
 
@@ -77,8 +78,9 @@ def inception_score(logits, splits=10):
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
     returns  (mean, standard deviation) over the parts
     """
-    scores = []
-    for part in np.array_split(np.random.RandomState(2020).permutation(len(logits)), splits):
+    scores, n = [], len(logits)
+    order = np.random.RandomState(2020).permutation(n)
+    for part in np.split(order, [i * n // splits for i in range(1, splits)]):
         p = logits[torch.from_numpy(part)].double().softmax(dim=1)                          # [part, classes]
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
         scores.append(divergence.sum(1).mean().exp().item())
@@ -105,8 +107,7 @@ def nearest_neighbours(x, real, k=1):
 
 
 def pixel_features(images, grey=False):
-    """Images uint8 [n, 3, H, W] -> float64 [n, D] in [-1, 1]: the channel mean if grey, averaged down to
-    16x16 where they are larger."""
+    """Images uint8 [n, 3, H, W] -> float64 [n, D] in [-1, 1], grey if asked, averaged to 16x16 if larger."""
     features = []
     for part in images.split(256):
         x = part.double() / 127.5 - 1
@@ -145,8 +146,8 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         if self.count <= len(self.sum):
-            warnings.warn(f"only {self.count} images for {len(self.sum)} dimensions: their Fréchet distance is "
-                          f"biased upwards, by a lot; published ones use 50,000 images", stacklevel=2)
+            warnings.warn(f"only {self.count} images for {len(self.sum)} dimensions: their Fréchet distance "
+                          f"is biased upwards, by a lot; published ones use 50,000 images", stacklevel=2)
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
@@ -164,27 +165,25 @@ def extract(batches, network, device="cpu"):
 def compare(generated, real, features):
     """All measures of one Extracted against another that the two allow, {row: number}."""
     (mu1, sigma1), (mu2, sigma2) = ((x.statistics.mean, x.statistics.covariance) for x in (generated, real))
-    rows = {"Fréchet distance" if features == "pixels" else "FID": frechet_distance(mu1, sigma1, mu2, sigma2)}
-    if generated.logits is not None and generated.logits.shape[1]:
-        score = inception_score(generated.logits, min(10, len(generated.logits)))
-        rows |= dict(zip(("Inception Score", "its deviation"), score))
+    name, logits = "Fréchet distance" if features == "pixels" else "FID", generated.logits
+    rows = {name: frechet_distance(mu1, sigma1, mu2, sigma2)}
+    if logits is not None and logits.shape[1]:
+        rows["Inception Score"], rows["its deviation"] = inception_score(logits, min(10, len(logits)))
     if generated.features is not None and real.features is not None:
-        rows |= dict(zip(("precision", "recall"), precision_recall(generated.features, real.features)))
+        rows["precision"], rows["recall"] = precision_recall(generated.features, real.features)
     return rows
 
 
 def save_statistics(path, statistics, features):
     """Write npz: mu (float32, as torch-fidelity insists on), sigma, count, features. Overwrites nothing."""
+    arrays = dict(mu=statistics.mean.float(), sigma=statistics.covariance, count=statistics.count)
     with open(path, "xb") as file:
-        np.savez_compressed(file, mu=statistics.mean.float(), sigma=statistics.covariance, count=statistics.count,
-                            features=features)
+        np.savez_compressed(file, **arrays, features=features)
 
 
 def load_statistics(path, features):
-    """Extracted from an npz of this or another tool: mu [D], sigma [D, D], perhaps count and features.
-
-    Raises OSError or ValueError that names the file, also if its features are said to be others.
-    """
+    """Extracted from an npz of this or another tool: mu [D], sigma [D, D], perhaps count and features. Raises
+    OSError or ValueError that names the file, also if its features are said to be others."""
     try:
         with np.load(path) as file:
             stored = {name: file[name] for name in ("mu", "sigma", "count", "features") if name in file.files}
@@ -201,7 +200,7 @@ def load_statistics(path, features):
 
 class InceptionV3(inception.Inception3):
     """The Inception network of FID: torchvision's layers and names (566 of them in its state dict) with 1,008
-    classes, average pools in which borders do not count, and one max pool. See load_inception."""
+    classes, average pools in which borders do not count, and one max pool. See feature_network."""
 
     def __init__(self, convention="torch-fidelity"):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
@@ -212,11 +211,8 @@ class InceptionV3(inception.Inception3):
 
     @torch.no_grad()
     def forward(self, x):
-        """Features of images.
-
-        x        uint8 [B, 3, H, W]
-        returns  pool [B, 2048] (FID, precision and recall), logits [B, 1008] without bias (Inception Score)
-        """
+        """Images uint8 [B, 3, H, W] -> pool [B, 2048] (FID, precision, recall) and logits [B, 1008] without
+        bias (Inception Score)."""
         x = prepare(x, self.convention).contiguous(memory_format=torch.channels_last)       # [B, 3, 299, 299]
         for name, layer in self.named_children():           # in order, up to the average pool
             if name not in ("avgpool", "dropout", "fc"):
@@ -273,22 +269,11 @@ def _resize_tf1(x):
 
 def feature_network(features="torch-fidelity", device="cpu"):
     """A callable on uint8 images [B, 3, H, W]: features [B, D] and logits [B, 1008], or [B, 0] of raw pixels.
-
-    features  of FEATURES; Inception's weights come through torch.hub: from its cache (see TORCH_HOME), or are
-              downloaded into it
-    Raises OSError or ValueError that says which file to place where.
-    """
+    Inception's weights come through models.pretrained, whose OSError says which file to place where."""
     if features == "pixels":
         return lambda x: (pixel_features(x), torch.zeros(len(x), 0, device=x.device))
-    place = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rsplit("/", 1)[1])
-    try:
-        weights = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                                     weights_only=True)
-    except Exception as error:                              # no network, or one of torch.load's many kinds
-        raise OSError(f"{place} is missing or damaged ({error}); place {INCEPTION_URL} there, or measure "
-                      f"with --features pixels") from None
     network = InceptionV3(features)
-    network.load_state_dict(weights)
+    network.load_state_dict(pretrained(INCEPTION_URL))
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -296,19 +281,15 @@ def feature_network(features="torch-fidelity", device="cpu"):
 
 
 def to_uint8(x, truncate=False):
-    """Image in [0, 1] -> uint8 0..255, rounded to nearest and clamped: floor(255 x + 0.5).
-
-    truncate  floor(255 x) instead, as the official Sphere Encoder writes its samples
-    """
+    """Image in [0, 1] -> uint8 0..255, rounded to nearest and clamped: floor(255 x + 0.5); with truncate
+    floor(255 x), as the official Sphere Encoder writes its samples."""
     return (x * 255 + (0 if truncate else 0.5)).floor().clamp(0, 255).to(torch.uint8)
 
 
 def read_image(path):
-    """One image file -> PIL image in RGB, turned upright as its EXIF data say.
-
-    Grey and palette images become RGB, 16-bit grey ones 8-bit, and an alpha channel is dropped.
-    Raises ValueError naming the file if it is not a readable image, or an animated one.
-    """
+    """One image file -> PIL image in RGB, turned upright as its EXIF data say. Grey and palette images become
+    RGB, 16-bit grey ones 8-bit; an alpha channel is dropped. Raises ValueError naming the file if it is no
+    readable image, or an animated one."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -321,10 +302,8 @@ def read_image(path):
 
 
 class ImageSet:
-    """All images under a folder, sorted by path, each uint8 [3, H, W]; for a DataLoader.
-
-    Raises ValueError, naming folder or file: no images, unequal sizes.
-    """
+    """All images under a folder, sorted by path, each uint8 [3, H, W]; for a DataLoader. Raises ValueError,
+    naming folder or file: no images, unequal sizes."""
 
     def __init__(self, folder):
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

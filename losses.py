@@ -8,6 +8,7 @@ whatever autocast does; only the perceptual network may run in bf16.
 import math
 import warnings
 from functools import lru_cache
+from pathlib import Path
 
 import lpips
 import torch
@@ -20,8 +21,7 @@ from torchvision.transforms.functional import normalize
 from models import pretrained
 from spherify import add_noise, at_least_float32, spherify
 
-# The order of all weights.
-WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")
+WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")  # order of weights
 
 
 def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
@@ -32,19 +32,19 @@ def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
     perceptual  callable on two such images giving one distance per image, or None
     returns     (smooth L1, perceptual) scalars; perceptual is 0 without a network
     """
-    return _smooth_l1(x_noisy, x), _perceptual(perceptual, x_noisy, x)
+    with torch.autocast(x.device.type, enabled=False):
+        l1 = F.smooth_l1_loss(at_least_float32(x_noisy) / 2, at_least_float32(x) / 2)   # / 2: as if in [0, 1]
+    return l1, x_noisy.new_zeros(()) if perceptual is None else perceptual(x_noisy, x).float().mean()
 
 
 def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
     """Smooth L1 and perceptual distance of D(v_NOISY) to D(v_noisy), which is a fixed target. SE Eq. 8.
 
     x_NOISY     [B, 3, H, W]  D(v_NOISY), in [-1, 1]
-    x_noisy     [B, 3, H, W]  D(v_noisy), detached here: without sg(.) the sharp image would learn to
-                              match the blurred one
+    x_noisy     [B, 3, H, W]  D(v_noisy), detached: without sg(.) it would learn to match the blurred image
     returns     (smooth L1, perceptual) scalars, as pixel_reconstruction_loss
     """
-    target = x_noisy.detach()
-    return _smooth_l1(x_NOISY, target), _perceptual(perceptual, x_NOISY, target)
+    return pixel_reconstruction_loss(x_NOISY, x_noisy.detach(), perceptual)
 
 
 def latent_consistency_loss(v, z_again, eps=1e-6):
@@ -69,8 +69,7 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     x           [B, 3, H, W]  real images in [-1, 1]
     y           [B] or [4, B] classes; four rows are those of the four passes E(x), D(v_NOISY), D(v_noisy) and
                               E(D(v_NOISY)), so that class dropout can be independent in each
-    sigma       [B]           noise magnitude of v_NOISY
-    sigma_sub   [B]           noise magnitude of v_noisy
+    sigma, sigma_sub   [B]    noise magnitudes of v_NOISY and of v_noisy
     e           [B, N, d]     Gaussian noise, the same for both
     weights     of WEIGHT_NAMES, in that order; a pass that only zero weights would use is not computed
     perceptual  see pixel_reconstruction_loss
@@ -88,8 +87,7 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     v_noisy = add_noise(v, sigma_sub, e)                                                              # Eq. 6
     if any((con_l1, con_perceptual, lat_con)):
         v_NOISY = add_noise(v, sigma, e)                                                              # Eq. 4
-        both = model.decode(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy]))
-        x_NOISY, x_noisy = both.chunk(2)
+        x_NOISY, x_noisy = model.decode(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy])).chunk(2)
     else:
         x_noisy = model.decode(v_noisy, y_noisy)
 
@@ -199,19 +197,16 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
     z           [B, N, d]        clean latents of the tokenizer
     y           [B] or [>=3, B]  classes; rows are those of the passes F(v_NOISY), F(v_noisy) and the
                                  ablation's, so that class dropout can be independent in each
-    sigma       [B]              noise magnitude of v_NOISY
-    sigma_sub   [B]              noise magnitude of v_noisy
+    sigma, sigma_sub   [B]       noise magnitudes of v_NOISY and of v_noisy
     e           [B, N, d]        Gaussian noise, the same for both (assumed, as in SE Sec. 2.3), added to
                                  v = f(z) (assumed, as SE Eq. 4; noise on z would only be of another scale)
-    weights     of LATENT_WEIGHT_NAMES, in that order (assumed 1: our text lacks them; the last is the
-                ablation's, removed by the paper)
+    weights     of LATENT_WEIGHT_NAMES, in order (assumed 1: our text lacks them; the last is the ablation's)
     returns     loss, {name: unweighted part}; the parts are detached and stay on the device
     """
     y_NOISY, y_noisy, y_again = y[:3] if y.ndim == 2 else [y] * 3
     v = spherify(z)
     v_NOISY, v_noisy = add_noise(v, sigma, e), add_noise(v, sigma_sub, e)                        # SLE Eq. 1
-    both = denoiser(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy]))
-    z_hat_NOISY, z_hat_noisy = both.chunk(2)
+    z_hat_NOISY, z_hat_noisy = denoiser(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy])).chunk(2)
 
     parts = [*latent_reconstruction_loss(z_hat_noisy, z, distance),
              *latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance),
@@ -232,8 +227,7 @@ def perceptual_distance(name):
 
     name     "lpips": the paper speaks of features of a static VGG (LPIPS assumed, as in the official code);
              or "lpips+convnext": the official code's
-    Images must be at least 16 pixels wide and high. Raises OSError or ValueError, naming the file, if weights
-    are missing or damaged.
+    Images must be at least 16 pixels wide and high. Raises OSError that names a missing or damaged file.
     """
     if name not in ("lpips", "lpips+convnext"):
         raise ValueError(f"the perceptual distance must be lpips or lpips+convnext, got {name!r}")
@@ -251,9 +245,10 @@ class LPIPS(lpips.LPIPS):
     """
 
     def __init__(self, vgg=None):
+        heads = Path(lpips.__file__).with_name("weights") / "v0.1/vgg.pth"     # else sought beside this file
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torchvision")  # lpips 0.1.4 uses its old argument names
-            super().__init__(net="vgg", pnet_rand=True, verbose=False)
+            super().__init__(net="vgg", pnet_rand=True, verbose=False, model_path=heads)
         if vgg is not None:
             for layers in self.net.children():                               # five slices of VGG's features
                 layers.load_state_dict({name: vgg[f"features.{name}"] for name in layers.state_dict()})
@@ -269,17 +264,12 @@ class LPIPS(lpips.LPIPS):
 
 
 class LPIPSConvNeXt(nn.Module):
-    """(LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1, with which the official code trains; the paper names VGG.
+    """(LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1: the official code trains with it; the paper names VGG."""
 
-    lpips     LPIPS
-    convnext  state dict of torchvision's convnext_small; None leaves it random
-    """
-
-    def __init__(self, lpips, convnext=None):
+    def __init__(self, lpips, convnext):
         super().__init__()
         self.lpips, self.convnext = lpips, convnext_small()
-        if convnext is not None:
-            self.convnext.load_state_dict(convnext)
+        self.convnext.load_state_dict(convnext)
 
     def forward(self, a, b):
         a_logits, b_logits = (self.convnext(self.prepare(x)).float() for x in (a, b))              # [B, 1000]
@@ -288,12 +278,3 @@ class LPIPSConvNeXt(nn.Module):
     def prepare(self, x):
         x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         return normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-
-
-def _smooth_l1(a, b):
-    with torch.autocast(a.device.type, enabled=False):
-        return F.smooth_l1_loss(at_least_float32(a) / 2, at_least_float32(b) / 2)   # / 2: as if in [0, 1]
-
-
-def _perceptual(network, a, b):
-    return a.new_zeros(()) if network is None else network(a, b).float().mean()

@@ -21,21 +21,10 @@ from torch.nn import functional as F
 from spherify import angle_to_sigma, at_least_float32, spherify
 
 # (width, depth, heads) of encoder or decoder; the released system's table. Paper: Base, Large and XLarge.
-SIZES = {
-    "small": (512, 8, 8),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "xlarge": (1152, 28, 16),
-    "huge": (1280, 32, 16),
-    "giant": (1664, 40, 16),
-}
+SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16), "xlarge": (1152, 28, 16),
+         "huge": (1280, 32, 16), "giant": (1664, 40, 16)}
 # (width, depth, heads) of the denoiser.
-SIT_SIZES = {
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+SIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 NORM_EPS = 1e-6         # of every RMSNorm
 ROPE_THETA = 10000.0    # base of the RoPE frequencies, and of the sin-cos table
 CONV_HEAD_CHANNELS = 32
@@ -100,8 +89,7 @@ class SphereEncoder(nn.Module):
 
 
 def labels_or_null(batch, y, num_classes):
-    """Classes [B] of a batch; None becomes the null class for all of it. A float [B, K + 1] gives mixing
-    weights over the class embeddings."""
+    """Classes [B] of a batch, or floats [B, K + 1] that mix class vectors; None is the null class for all."""
     return torch.full((len(batch),), num_classes, device=batch.device) if y is None else y
 
 
@@ -117,14 +105,14 @@ class Transformer(nn.Module):
         # Fixed, but a parameter: released checkpoints hold it, and their parameter counts include it.
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)                     # [1, N, D]
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        # The table is always the computed one: a file need not hold it, or holds it rounded to bf16.
-        table = state_dict.get(prefix + "pos_embed", self.pos_embed)
-        if table.shape == self.pos_embed.shape:
-            if not torch.allclose(table.to(self.pos_embed), self.pos_embed, rtol=0, atol=4e-3):
-                errors.append(f"{prefix}pos_embed is not the sin-cos table of this model's grid")
-            state_dict[prefix + "pos_embed"] = self.pos_embed.detach()
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        # The computed table always stands: a file need not hold it, or holds it rounded to bf16.
+        stored, table = state_dict.get(prefix + "pos_embed", self.pos_embed), self.pos_embed.detach()
+        if stored.shape == table.shape:
+            if not torch.allclose(stored.to(table), table, rtol=0, atol=4e-3):
+                arguments[-1].append(f"{prefix}pos_embed is not the sin-cos table of this model's grid")
+            state_dict[prefix + "pos_embed"] = table
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def initialize(self, last):
         """Inits of the released system, and SiT's: Xavier, and zero where a layer must begin as the identity.
@@ -136,10 +124,8 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ClassTable):
                 nn.init.normal_(module.embedding_table.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, AdaLN):
-                nn.init.zeros_(module[1].weight)
-        nn.init.zeros_(last.weight)
+        for linear in [last, *(module[1] for module in self.modules() if isinstance(module, AdaLN))]:
+            nn.init.zeros_(linear.weight)
 
 
 class ViT(Transformer):
@@ -151,7 +137,9 @@ class ViT(Transformer):
         self.width, conditional = width, num_classes > 0
         self.register_buffer("rope", rope_table(grid, width // heads), persistent=False)  # [2, N, D/heads/2]
         self.y_embedder = ClassTable(num_classes, width) if conditional else None
-        self.blocks = nn.ModuleList([Block(width, heads, conditional) for _ in range(depth)])
+        self.blocks = nn.ModuleList([
+            Block(width, Attention(width, heads), SwiGLU(width, int(width * 8 / 3)), conditional)
+            for _ in range(depth)])
         self.ffn = ModulatedLinear(width, out_dim, conditional)
 
 
@@ -160,10 +148,8 @@ class Encoder(ViT):
 
     def __init__(self, grid, patch_size, latent_dim, num_classes, size, mixer_depth):
         super().__init__(grid, num_classes, size, latent_dim)
-        self.x_embedder = nn.Sequential(
-            nn.Conv2d(3, self.width, patch_size, stride=patch_size, bias=False),
-            nn.Conv2d(self.width, self.width, 1),
-        )
+        self.x_embedder = nn.Sequential(nn.Conv2d(3, self.width, patch_size, stride=patch_size, bias=False),
+                                        nn.Conv2d(self.width, self.width, 1))
         self.out = Mixer(grid[0] * grid[1], latent_dim, mixer_depth) if mixer_depth else nn.Identity()
         self.initialize(self.ffn.linear)
         for conv in self.x_embedder:
@@ -239,23 +225,21 @@ class ConvHead(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, AdaLN-Zero if conditional: the identity at initialisation."""
+    """Pre-norm block of attention and MLP, AdaLN-Zero if conditional: the identity at initialisation."""
 
-    def __init__(self, width, heads, conditional):
+    def __init__(self, width, attn, mlp, conditional):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.mlp = SwiGLU(width, int(width * 8 / 3))
+        self.norm1, self.attn = nn.RMSNorm(width, eps=NORM_EPS), attn
+        self.norm2, self.mlp = nn.RMSNorm(width, eps=NORM_EPS), mlp
         if conditional:
             self.adaLN_modulation = AdaLN(width, 6)
 
-    def forward(self, x, c, rope):
+    def forward(self, x, c, *rope):
         if c is None:
-            x = x + self.attn(self.norm1(x), rope)
+            x = x + self.attn(self.norm1(x), *rope)
             return x + self.mlp(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)             # [B, 1, D] each
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *rope)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -330,8 +314,7 @@ class ClassTable(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
 
-    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which keeps the latent's magnitude near its learned
-    weight.
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, whose learned weight sets the latent's magnitude.
     """
 
     def __init__(self, tokens, dim, depth):
@@ -402,8 +385,8 @@ class SiT(Transformer):
         self.initialize(self.final_layer.linear)
 
     def attach(self, tokenizer):
-        """Set `.tokenizer`, whose latents these are; returns the denoiser. It is no submodule: weights, counts,
-        averages and gradients are the denoiser's alone, and it moves to a device by itself."""
+        """Set `.tokenizer`, whose latents these are; returns the denoiser. It is no submodule: weights,
+        counts, averages and gradients are the denoiser's alone, and it moves to a device by itself."""
         object.__setattr__(self, "tokenizer", tokenizer)
         self.image_size = tokenizer.image_size
         return self
@@ -422,21 +405,12 @@ class SiT(Transformer):
         return at_least_float32(self.final_layer(x, c))
 
 
-class SiTBlock(nn.Module):
-    """Pre-norm block with AdaLN-Zero: the identity at initialisation."""
+class SiTBlock(Block):
+    """The denoiser's block: normalised queries and keys, no biases in attention, GELU, always AdaLN-Zero."""
 
     def __init__(self, width, heads):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.attn = SeparateAttention(width, heads, bias=False, qk_norm=True)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.mlp = MLP(width, 4 * width, approximate="tanh")
-        self.adaLN_modulation = AdaLN(width, 6)
-
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)             # [B, 1, D] each
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        attn = SeparateAttention(width, heads, bias=False, qk_norm=True)
+        super().__init__(width, attn, MLP(width, 4 * width, approximate="tanh"), conditional=True)
 
 
 class SeparateAttention(nn.Module):
@@ -469,7 +443,7 @@ class MLP(nn.Sequential):
 DINOV2 = ("facebookresearch/dinov2:main", "dinov2_vitb14_reg")
 RAE_FILES = "https://huggingface.co/nyu-visionx/RAE-collections/resolve/main/"
 RAE_DECODER = (RAE_FILES + "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
-               "rae_dinov2_wReg_base_ViTXL_n08.pt")                         # address, name in torch.hub's cache
+               "rae_dinov2_wReg_base_ViTXL_n08.pt")                     # address, name in torch.hub's cache
 RAE_STATISTICS = (RAE_FILES + "stats/dinov2/wReg_base/imagenet1k/stat.pt",
                   "rae_dinov2_wReg_base_imagenet1k_stat.pt")
 RAE_DECODER_SIZE = {"token_dim": 768, "grid": 16, "width": 1152, "depth": 28, "heads": 16, "mlp_hidden": 4096}
@@ -500,15 +474,15 @@ class RAE(nn.Module):
     @classmethod
     def from_hub(cls):
         """The released one, through torch.hub: from its folder (see TORCH_HOME), or downloaded into it.
-        Raises OSError or ValueError that says which file to place where."""
+        Raises OSError that says which file to place where."""
         os.environ.setdefault("XFORMERS_DISABLED", "1")         # if installed, its attention fails on a CPU
-        hub = torch.hub.get_dir()
         try:
             encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True)
-        except OSError as error:
-            raise OSError(f"DINOv2 is missing and could not be downloaded ({error}); place the repository "
-                          f"github.com/facebookresearch/dinov2 in {hub}/facebookresearch_dinov2_main, and its "
-                          f"file dinov2_vitb14_reg4_pretrain.pth in {hub}/checkpoints") from None
+        except Exception as error:                              # as in pretrained
+            hub = torch.hub.get_dir()
+            raise OSError(f"DINOv2 is missing or damaged ({error}); place github.com/facebookresearch/dinov2 "
+                          f"in {hub}/facebookresearch_dinov2_main, and its file "
+                          f"dinov2_vitb14_reg4_pretrain.pth in {hub}/checkpoints") from None
         decoder = RAEDecoder(**RAE_DECODER_SIZE)
         decoder.load_state_dict(convert_rae_decoder(pretrained(*RAE_DECODER)))
         stored = pretrained(*RAE_STATISTICS)                                                # [d, h, w] each
@@ -523,14 +497,10 @@ class RAE(nn.Module):
         x        [B, 3, H, W]  image in [-1, 1]; resized to 14 pixels per token if need be
         returns  [B, N, d]     float32
         """
-        side, (N, d) = 14 * self.grid, self.latent_shape
-        x = (x + 1) / 2
-        if x.shape[-2:] != (side, side):
-            x = F.interpolate(x, (side, side), mode="bicubic")
+        x = F.interpolate((x + 1) / 2, (14 * self.grid, 14 * self.grid), mode="bicubic")
         features = self.encoder.forward_features((x - self.pixel_mean) / self.pixel_std)
-        z = at_least_float32(features["x_prenorm"][:, -N:])                     # no class token, no registers
-        z = F.layer_norm(z, (d,), eps=1e-6)
-        return (z - self.mean) / (self.var + 1e-5).sqrt()
+        z = at_least_float32(features["x_prenorm"][:, -len(self.var):])         # no class token, no registers
+        return (F.layer_norm(z, z.shape[-1:], eps=1e-6) - self.mean) / (self.var + 1e-5).sqrt()
 
     @torch.no_grad()
     def decode(self, z):
@@ -608,10 +578,8 @@ def sincos_table(grid, width):
     The first half of the channels encodes the column, the second half the row (the reverse of RoPE's order);
     each half is [sin | cos] of position * theta^(-k / (width / 4)), computed in float64.
     """
-    rows, columns = _positions(grid)
-    frequency = ROPE_THETA ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    halves = [position[:, None] * frequency for position in (columns, rows)]  # [N, width/4] each
-    return torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1).float()
+    rows, columns = _angles(grid, width // 4)
+    return torch.cat([f(half) for half in (columns, rows) for f in (torch.sin, torch.cos)], dim=1).float()
 
 
 def rope_table(grid, head_dim):
@@ -620,10 +588,7 @@ def rope_table(grid, head_dim):
     The first half of the pairs turns with the row, the second with the column; pair i of a half turns by
     position * theta^(-2i / (head_dim / 2)).
     """
-    rows, columns = _positions(grid)
-    frequency = ROPE_THETA ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    halves = [position[:, None] * frequency for position in (rows, columns)]            # [N, head_dim/4] each
-    angle = torch.cat(halves, dim=1)                                                    # [N, head_dim/2]
+    angle = torch.cat(_angles(grid, head_dim // 4), dim=1)                              # [N, head_dim/2]
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -635,20 +600,21 @@ def apply_rope(x, rope):
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
-def _positions(grid):
+def _angles(grid, count):
+    """Row and column of every token, each times theta^(-k / count), k = 0 .. count - 1: two of [N, count]."""
     h, w = grid
     index = torch.arange(h * w)
-    return (index // w).double(), (index % w).double()
+    frequency = ROPE_THETA ** (-torch.arange(count, dtype=torch.float64) / count)
+    return [position[:, None] * frequency for position in (index // w, index % w)]
 
 
 def _size(size, named):
     """(width, depth, heads) of a size that is given so, or by its name."""
-    if isinstance(size, str) and size not in named:
-        raise ValueError(f"a size must be one of {', '.join(named)} or width,depth,heads, got {size!r}")
-    width, depth, heads = named[size] if isinstance(size, str) else size
-    if width % (4 * heads):
-        raise ValueError(f"a width must be a multiple of 4 heads, got {width} and {heads}")
-    return width, depth, heads
+    size = named.get(size, size) if isinstance(size, str) else size
+    if isinstance(size, str) or size[0] % (4 * size[2]):
+        raise ValueError(f"a size must be one of {', '.join(named)}, or width,depth,heads where the width is "
+                         f"a multiple of 4 heads; got {size!r}")
+    return size
 
 
 # ---- Released weights --------------------------------------------------------------------------------------
@@ -656,7 +622,7 @@ def _size(size, named):
 
 
 def convert_official(state_dict):
-    """Weights of the released Sphere Encoder ("model" or "ema_model" of a checkpoint) under the names of ours."""
+    """Weights of the released Sphere Encoder ("model" or "ema_model" of its checkpoint) under our names."""
     weights = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor          # ReZero gates in older files
                for name, tensor in _unwrapped(state_dict).items() if not name.endswith(".rope")}
     return _renamed(weights, (r"(tok|chn)_mixer\.mix\.", r"\1_mixer."), (r"\bout\.2\.", "out.conv."),
@@ -683,7 +649,7 @@ def convert_official_config(cfg):
 
 
 def convert_rae_decoder(state_dict):
-    """Weights of a released RAE decoder under the names of ours; the class token, which some lack, is zero."""
+    """Weights of a released RAE decoder under our names; the class token, which some files lack, is zero."""
     weights = _renamed(
         _unwrapped(state_dict), (r"^decoder\.", ""), (r"^decoder_layers\.", "blocks."),
         (r"^decoder_(embed|pos_embed|norm|pred)", r"\1"), (r"^trainable_cls_token", "class_token"),
@@ -712,7 +678,7 @@ def _renamed(weights, *rules):
 def pretrained(url, file_name=None):
     """What a published file holds, through torch.hub: from its cache (see TORCH_HOME), or downloaded into it.
 
-    url        ends in -HASH.pth, the first digits of the file's SHA-256; else give the file_name of the cache
+    url        ends in -HASH.pth, which a download is checked against; else give the file_name of the cache
     Raises OSError that says which file to place where.
     """
     place = Path(torch.hub.get_dir(), "checkpoints", file_name or url.rsplit("/", 1)[1])

@@ -3,8 +3,6 @@
     python sample.py --checkpoint out/digits/model.pt --out out/sevens --classes 7 --cfg 1.5 --singles
     python sample.py interpolate --out out/lines --classes 3 8 --frames 9 --gif
     python sample.py crossover --out out/cross --images a.png b.png --mask diagonal
-
-The first word says what to draw, generate if there is none; `python sample.py --help` lists them.
 """
 
 import argparse
@@ -33,6 +31,7 @@ from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, s
 
 # Where guidance acts, as powers of its scale in latents and in pixels. SE App. C.1.
 POSITIONS = {"encoder": (1, 0), "decoder": (0, 1), "combo": (0.5, 0.5)}
+MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")           # of a crossover
 
 
 @torch.no_grad()
@@ -60,15 +59,16 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     y, sigmas, e = _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official)
     s_encoder, s_decoder = (cfg**power for power in POSITIONS[position])
     x = _guided(model.decode, spherify(e[0]), y, s_decoder).clamp(-1, 1)        # as in the official code
-    for t in range(2, steps + 1):
-        x = _pass(model, x, y, sigmas[t - 2], e[t - 1], s_encoder, s_decoder)
-    return x
+    return _passes(model, x, y, sigmas, e[1:], s_encoder, s_decoder)[-1]
 
 
-def _pass(model, x, y, sigma, e, s_encoder=1, s_decoder=1):
-    """One step of SE Alg. 1 from an image: encode, project, add noise, decode."""
-    v = add_noise(spherify(_guided(model.encode, x, y, s_encoder)), sigma, e)
-    return _guided(model.decode, v, y, s_decoder).clamp(-1, 1)
+def _passes(model, x, y, sigmas, e, s_encoder, s_decoder):
+    """Images x, then those of every further step of SE Alg. 1: encode, project, add noise, decode."""
+    images = [x]
+    for sigma, noise in zip(sigmas, e):
+        v = add_noise(spherify(_guided(model.encode, images[-1], y, s_encoder)), sigma, noise)
+        images.append(_guided(model.decode, v, y, s_decoder).clamp(-1, 1))
+    return images
 
 
 def _guided(network, inputs, y, s):
@@ -98,7 +98,7 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, share
     return denoiser.tokenizer.decode(spherify(z_hat) if project_last else z_hat).clamp(-1, 1)
 
 
-def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official=False):
+def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official):
     """Classes on the model's device, sigma of steps 2..T, noise of all steps [T, B, N, d]."""
     device, K = next(model.parameters()).device, model.num_classes
     y = torch.as_tensor(y, device=device)
@@ -125,9 +125,7 @@ def sampler(model):
 @torch.no_grad()
 def reconstruct(model, x, y=None):
     """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. Of a denoiser: D(E(x)) of its tokenizer.
-
-    x [B, 3, H, W] in [-1, 1], on the model's device; y [B], or None for the null class, the paper's default
-    """
+    x [B, 3, H, W] in [-1, 1] is on the model's device, y [B] or None: the null class, the paper's default."""
     if isinstance(model, SiT):
         return model.tokenizer.decode(model.tokenizer.encode(x))
     return model.decode(spherify(model.encode(x, y)), y)
@@ -140,59 +138,48 @@ def reconstruct(model, x, y=None):
 def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, first=0, **options):
     """Images between random points of the sphere: of a line, or of a square between four corners. SE Fig. 6.
 
-    model    SphereEncoder, or SiT with a tokenizer
     y        [C] classes of the C corners; corner k begins at the noise of sample first + k of the seed
     mixing   [F, C] shares of noise and class vector of each corner in a frame; see line and square
     spherical  go along the great circle through two corners instead of the chord, at constant speed
-    options  as in generate or generate_latent, but for shared and e
+    model, options  as in generate or generate_latent, but for shared and e: the noise of later steps is that
+             of corner 0 in every frame, so that frames differ by latent and class only
     returns  [F, 3, H, W] in [-1, 1]
-
-    The noise of later steps is that of corner 0 in every frame: frames differ by latent and class only.
     """
     device = next(model.parameters()).device
     mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
     e = sample_noise(seed, first, len(y), model.latent_shape)[0].to(device)                     # [C, N, d]
-    if spherical:
-        v0, v1 = (spherify(corner).expand(len(mixing), -1, -1) for corner in e.split(1))
-        start = slerp(v0, v1, mixing[:, 1])
-    else:
-        start = torch.einsum("fc,cnd->fnd", mixing, e)
-    later = e[:1].expand(steps - 1, len(mixing), -1, -1)
+    z = slerp(*spherify(e).split(1), mixing[:, 1]) if spherical else torch.einsum("fc,cnd->fnd", mixing, e)
+    e = torch.cat([z[None], e[:1].expand(steps - 1, len(mixing), -1, -1)])                  # [T, F, N, d]
     classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
-    draw, e = sampler(model), torch.cat([start[None], later])                           # e: [T, F, N, d]
-    return draw(model, mixing @ classes, steps, cfg, e=e, shared=False, **options)
+    return sampler(model)(model, mixing @ classes, steps, cfg, e=e, shared=False, **options)
 
 
 def line(frames):
     """Mixing [frames, 2] of two corners at equal steps, both ends included."""
-    weight = torch.linspace(0, 1, frames)[:, None]
-    return torch.cat([1 - weight, weight], dim=1)
+    weight = torch.linspace(0, 1, frames)
+    return torch.stack([1 - weight, weight], dim=1)
 
 
 def square(side):
     """Bilinear mixing [side^2, 4] of the corners top left, top right, bottom left, bottom right, by rows."""
-    return torch.einsum("ra,cb->rcab", line(side), line(side)).reshape(side * side, 4)
+    return torch.kron(line(side), line(side))
 
 
 @torch.no_grad()
 def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=True, position="combo", seed=0):
     """Pass images T times through encoder and decoder, with noise. SE Sec. 5.
 
-    x        [B, 3, H, W] in [-1, 1]
-    y        [B] classes to decode (and encode) to
+    x, y     [B, 3, H, W] in [-1, 1], and [B] classes to decode (and encode) to
     r        relative strength of the noise, of the largest angle; it falls as r step_schedule(T + 1, gamma)
     others   as in generate, for a SphereEncoder alone
     returns  [T + 1, B, 3, H, W]: x, and the image after every pass
     Raises ValueError as generate does, for r outside [0, 1], and for another kind of model.
     """
     if not isinstance(model, SphereEncoder) or not 0 <= r <= 1:
-        raise ValueError(f"an edit needs a Sphere Encoder, through which images pass, and r in [0, 1]; got a "
-                         f"{type(model).__name__} and {r}")
-    y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, shared, None, seed, 0, None)
-    images, scales = [x.to(y.device)], [cfg**power for power in POSITIONS[position]]
-    for sigma, noise in zip(sigmas, e):
-        images.append(_pass(model, images[-1], y, r * sigma, noise, *scales))
-    return torch.stack(images)
+        raise ValueError(f"edits need a Sphere Encoder and r in [0, 1], got a {type(model).__name__} and {r}")
+    y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, shared, None, seed, 0, None, False)
+    scales = [cfg**power for power in POSITIONS[position]]
+    return torch.stack(_passes(model, x.to(y.device), y, [r * sigma for sigma in sigmas], e, *scales))
 
 
 def manipulate(model, x, classes, steps=4, **options):
@@ -201,19 +188,13 @@ def manipulate(model, x, classes, steps=4, **options):
     return edit(model, x.expand(len(classes), -1, -1, -1), classes, steps, **options)
 
 
-MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")
-
-
 def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma=1.0, **options):
     """Two images [B, 3, H, W] stitched together, then passed through the model until they are one, with the
-    paper's r and gamma. SE Sec. 5, Fig. 9. Other options as in edit; returns [T + 1, B, 3, H, W].
-
-    y        [B] classes; None is the null class
-    mask     of MASKS (a left, at the top, below the diagonal, above the other), or [H, W], 1 where a is taken
-    """
+    paper's r and gamma. SE Sec. 5, Fig. 9. y is [B] classes, or None, the null class; mask one of MASKS (a is
+    left, at the top, below the diagonal, above the other), or [H, W], 1 where a is taken. Other options as in
+    edit; returns [T + 1, B, 3, H, W]."""
     if isinstance(mask, str):
-        H, W = a.shape[-2:]
-        row, column = torch.meshgrid((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W, indexing="ij")
+        row, column = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in a.shape[-2:]), indexing="ij")
         mask = dict(zip(MASKS, (column < 0.5, row < 0.5, row > column, row + column < 1)))[mask]
     mask, y = mask.to(a), [model.num_classes] * len(a) if y is None else y
     return edit(model, mask * a + (1 - mask) * b, y, steps, r=r, gamma=gamma, **options)
@@ -228,7 +209,7 @@ def read_checkpoint(path, key="config"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: checkpoint[key], **checkpoint}
-    except OSError:                                         # names it already
+    except FileNotFoundError:                               # names it already
         raise
     except Exception as error:                              # torch.load knows a dozen kinds
         raise ValueError(f"{path}: not a checkpoint of train.py, nor of the official code with its cfg.json, "
@@ -245,11 +226,12 @@ def load(path, device="cpu", ema=None, config=None):
     Raises OSError, ValueError, or RuntimeError that lists the weights that do not fit.
     """
     if config:
-        name, settings = "ema_model" if ema else "model", json.loads(Path(config).read_text())
-        settings, weights = convert_official_config(settings), convert_official(read_checkpoint(path, name)[name])
+        key = "ema_model" if ema else "model"
+        settings = convert_official_config(json.loads(Path(config).read_text()))
+        weights = convert_official(read_checkpoint(path, key)[key])
         names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
     else:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, "ema" if ema else "config")
         settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
         sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
         weights = checkpoint["ema" if (use_ema and "ema" in checkpoint if ema is None else ema) else "model"]
@@ -274,14 +256,11 @@ def load_tokenizer(stored):
 
 
 def picture(panels, row_names=()):
-    """Panels of images side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, as one PIL image; a word
-    per row at the left."""
+    """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
     font = ImageFont.load_default(size=14)
     zoom = max(1, round(48 / max(next(iter(panels.values())).shape[-2:])))      # small images are enlarged
-    grids = {}
-    for title, images in panels.items():
-        grid = make_grid(images.flatten(0, 1).cpu(), images.shape[1], padding=0)
-        grids[title] = to_pil(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], padding=0), zoom)
+             for title, images in panels.items()}
     left = 12 + int(max((font.getlength(name) for name in row_names), default=0))
     widths = [16 + max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]
     height = max(grid.height for grid in grids.values())
@@ -327,8 +306,9 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
-def to_pil(x):
-    """One image [3, H, W] in [-1, 1] -> PIL image."""
+def to_pil(x, zoom=1):
+    """One image [3, H, W] in [-1, 1] -> PIL image, zoom times as large."""
+    x = x.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     return Image.fromarray(to_uint8((x + 1) / 2).permute(1, 2, 0).cpu().numpy())
 
 
@@ -374,12 +354,13 @@ def name_value(text):
     return name, literal(value)
 
 
+@errors_in_one_line("sample.py")
 def main(argv=None):
     parser = argparse.ArgumentParser("sample.py", "sample.py [WORD] [options]; --help lists them", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("word", nargs="?", choices=WORDS, default="generate", metavar="WORD",
-        help="; ".join(f"{word}: {draw.__doc__}" for word, draw in WORDS.items()))
+        help="%(default)s if none; " + "; ".join(f"{word}: {draw.__doc__}" for word, draw in WORDS.items()))
     add("--checkpoint", default="out/digits/model.pt", help="of train.py (%(default)s)")
     add("--config", help="cfg.json of the official code, for a checkpoint of its own")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (as the preset says)")
@@ -401,37 +382,33 @@ def main(argv=None):
         "image is taken (%(default)s)")
     add("--device", help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
-    with errors_in_one_line("sample.py"):
-        if min(args.steps, args.count, args.batch_size, args.frames) < 1:
-            raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
-        if args.singles and any((args.out / "images").glob("*")):
-            raise ValueError(f"{args.out / 'images'} holds images; choose another --out, or remove them")
-        model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
-        args.out.mkdir(parents=True, exist_ok=True)
-        picture(*WORDS[args.word](args, model, dict(args.sampling))).save(args.out / f"{args.word}.png")
-        print(f"{args.out / args.word}.png" + f" and {args.out / 'images'}/" * args.singles)
+    if min(args.steps, args.count, args.batch_size, args.frames) < 1:
+        raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
+    if args.singles and any((args.out / "images").glob("*")):
+        raise ValueError(f"{args.out / 'images'} holds images; choose another --out, or remove them")
+    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    how = dict(cfg=args.cfg, seed=args.seed, **dict(args.sampling))
+    picture(*WORDS[args.word](args, model, how)).save(args.out / f"{args.word}.png")
+    print(f"{args.out / args.word}.png" + f" and {args.out / 'images'}/" * args.singles)
 
 
-# What a word draws: panels of a picture, and words for its rows.
-
-
-def draw_samples(args, model, sampling):
+def draw_samples(args, model, how):
     """images from random points, SE and SLE Alg. 1"""
     classes, shown = args.classes or range(max(model.num_classes, 1)), []
     y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
     for first in tqdm(range(0, args.count, args.batch_size), unit="batch", disable=None):
-        x = sampler(model)(model, y[first:first + args.batch_size], args.steps, args.cfg, seed=args.seed,
-                           first=first, **sampling)
+        x = sampler(model)(model, y[first:first + args.batch_size], args.steps, first=first, **how)
         write_singles(args, x, first)
         shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable
-    columns, by_class = min(len(classes), 16, len(shown)), len(classes) <= 16
+    columns, few = min(len(classes), 16, len(shown)), len(classes) <= 16            # if few, a row per class
     images = torch.stack(shown[:len(shown) // columns * columns]).unflatten(0, (-1, columns))
-    names = [*model.class_names, "null"] if model.num_classes else [""]
-    return {f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}": images.transpose(0, 1) if by_class else images
-            }, [names[k] for k in classes[:columns]] * by_class
+    images = images.transpose(0, 1) if few else images                         # [rows, columns, 3, H, W]
+    names = [[*model.class_names, "null"][k] for k in classes[:columns]] if few and model.num_classes else []
+    return {f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}": images}, names
 
 
-def draw_reconstructions(args, model, sampling):
+def draw_reconstructions(args, model, how):
     """images, and what one trip through encoder and decoder makes of them"""
     x = open_images(args.images, model.image_size).to(next(model.parameters()).device)
     again = reconstruct(model, x, args.classes and torch.tensor(args.classes[:1] * len(x), device=x.device))
@@ -439,32 +416,29 @@ def draw_reconstructions(args, model, sampling):
     return {"": torch.stack([x, again])}, ["original", "reconstruction"]
 
 
-def draw_interpolations(args, model, sampling):
+def draw_interpolations(args, model, how):
     """images between random points, their classes mixed too, SE Fig. 6"""
     classes = args.classes or range(max(model.num_classes, 1))
-    corners, rows, mixing = (4, 1, square) if args.way == "square" else (2, 5, line)
-    x = torch.cat([interpolate(
-        model, [classes[k % len(classes)] for k in range(first, first + corners)], mixing(args.frames),
-        args.steps, args.cfg, spherical=args.way == "circle", seed=args.seed, first=first, **sampling)
-        for first in range(0, corners * rows, corners)])                            # [rows * frames, 3, H, W]
+    corners, rows, mixing = (4, 1, square(args.frames)) if args.way == "square" else (2, 5, line(args.frames))
+    y = [classes[k % len(classes)] for k in range(corners * rows)]
+    x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, spherical=args.way == "circle",
+                               first=k, **how) for k in range(0, len(y), corners)])     # [rows * F, 3, H, W]
     write_singles(args, x)
     if args.gif:
-        zoom = max(1, round(96 / max(model.image_size)))
-        first, *rest = (to_pil(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)) for image in x)
+        first, *rest = (to_pil(image, max(1, round(96 / max(model.image_size)))) for image in x)
         first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
-    return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))},
+    return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))}, []
 
 
-def draw_edits(args, model, sampling):
+def draw_edits(args, model, how):
     """crossover of two images, SE Fig. 9; manipulation of one to each of several classes, SE Fig. 8"""
-    crosses, how = args.word == "crossover", dict(cfg=args.cfg, seed=args.seed, **sampling)
+    crosses, size = args.word == "crossover", model.image_size
     if len(args.images) != 1 + crosses or not crosses and not model.num_classes:
         raise ValueError("crossover needs two --images, manipulate one, and a model with classes")
-    classes, images = args.classes or range(model.num_classes), open_images(args.images, model.image_size)
+    classes, images = args.classes or range(model.num_classes), open_images(args.images, size)
+    mask = args.mask if args.mask in MASKS else (open_images([args.mask], size)[0].mean(0) + 1) / 2
     if crosses:
-        if args.mask not in MASKS:
-            args.mask = (open_images([args.mask], model.image_size)[0].mean(0) + 1) / 2
-        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, args.mask, **how)
+        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, mask, **how)
     else:
         x = manipulate(model, images[0], classes, args.steps, **how)
     x = x.transpose(0, 1)                                                               # [B, T + 1, 3, H, W]

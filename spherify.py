@@ -21,10 +21,9 @@ def spherify(z, eps=1e-6):
     z        [B, ...]  all dims but the first form one vector of length L; any float dtype
     returns  [B, ...]  same shape and dtype, norm sqrt(L)
 
-    z / sqrt(mean(z^2) + eps): the norm is sqrt(L) rms / sqrt(rms^2 + eps), so a zero vector (every latent
-    at initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever
-    autocast does: a bf16 factor is off by up to 0.4 %, alike for all elements, so the error would not
-    average out of the radius.
+    z / sqrt(mean(z^2) + eps): the norm is sqrt(L) rms / sqrt(rms^2 + eps), so a zero vector (every latent at
+    initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever autocast
+    does: a bf16 factor is off by up to 0.4 %, alike for all elements; the radius would not average it out.
     """
     with torch.autocast(z.device.type, enabled=False):
         z_float = at_least_float32(z)
@@ -57,11 +56,9 @@ def angle_between(v0, v1):
 def slerp(v0, v1, weight):
     """Points of the great circle through v0 and v1, at equal angles for equal steps of the weight.
 
-    v0, v1   [B, ...]      points of the sphere; whole latents, not token by token
+    v0, v1   [B, ...]      whole points, not tokens; neither opposite nor the same (random ones never are)
     weight   float or [B]  0 gives v0, 1 gives v1
     returns  [B, ...]      norm sqrt(L)
-
-    (Points that are opposite, or the same, have no such circle; random ones never are.)
     """
     broad = [-1] + [1] * (v0.ndim - 1)
     weight = torch.as_tensor(weight, dtype=v0.dtype, device=v0.device).reshape(broad)
@@ -70,9 +67,8 @@ def slerp(v0, v1, weight):
 
 
 def angle_to_sigma(alpha):
-    """Noise magnitude sigma = tan(alpha) of an angle in degrees. SE Eq. 11-12.
+    """Noise magnitude sigma = tan(alpha) of an angle in degrees, a float or a tensor. SE Eq. 11-12.
 
-    alpha    float or tensor, degrees in [0, 90)      returns the same kind
     Raises ValueError for an angle outside [0, 90).
     """
     tensor = torch.is_tensor(alpha)
@@ -82,10 +78,7 @@ def angle_to_sigma(alpha):
 
 
 def sigma_to_angle(sigma):
-    """Angle arctan(sigma) in degrees of a noise magnitude, the inverse of angle_to_sigma. SE Eq. 12.
-
-    sigma    float or tensor, at least 0              returns the same kind
-    """
+    """Angle arctan(sigma) in degrees of a noise magnitude, a float or a tensor of at least 0. SE Eq. 12."""
     return torch.rad2deg(torch.atan(sigma)) if torch.is_tensor(sigma) else math.degrees(math.atan(sigma))
 
 
@@ -99,11 +92,11 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=N
                 text of C.2 speaks of uniform angles but Eq. 5 and the official code are uniform in sigma)
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; sigma_sub = s sigma with s ~ U[0, 0.5]
-
     Raises ValueError for angles outside [0, 90) or alpha_hard below alpha_max.
     """
     r, s, decides, within = torch.rand(4, batch, generator=generator)
-    sigma = _with_hard_cases(r * angle_to_sigma(alpha_max), decides < hard_prob, within, alpha_max, alpha_hard)
+    sigma = r * angle_to_sigma(alpha_max)
+    sigma = _with_hard_cases(sigma, decides < hard_prob, within, alpha_max, alpha_hard)
     return sigma, 0.5 * s * sigma
 
 
@@ -111,8 +104,8 @@ def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=
     """The same, drawn as the official code does where it departs from the paper; batch is at least 3.
 
     r and s are spread over the batch: B - 2 equal strata with one draw each, one exact 0 and one exact 1, in
-    random order. The number that fell below hard_prob also sets the magnitude of a hard case, so that only the
-    lowest tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces.
+    random order. A draw below hard_prob also sets the magnitude of a hard case, so that only the lowest
+    tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces.
     """
     def spread():
         inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
@@ -136,13 +129,11 @@ def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", ge
 
     batch       number of samples B
     alpha_max   degrees, the angle of r = 1
-    mean, std   of the normal draw before the logistic function, whose result is r in (0, 1) (assumed 0 and 1:
-                our text lacks the values)
+    mean, std   of the normal draw whose sigmoid is r in (0, 1) (assumed 0 and 1: our text lacks them)
     mapping     from r to sigma: "sigma", r tan(alpha_max), as SE Eq. 5 (assumed: our text lacks the formula),
                 or "angle", tan(r alpha_max)
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two draws
-
     Raises ValueError for an angle outside [0, 90) or an unknown mapping.
     """
     if mapping not in ("sigma", "angle"):
@@ -176,9 +167,8 @@ def sample_noise(seed, first, count, shape, draws=1):
     draws    how many vectors per sample: draw t is the noise of step t
     returns  [draws, count, *shape]  float32 on the CPU
 
-    One counter-based generator per sample, keyed by (seed, i), so batch size, number of processes and the
-    number of images asked for change nothing. (A CPU torch.Generator would use only the low 32 bits of a
-    seed.)
+    One counter-based generator per sample, keyed by (seed, i), so batch size, number of processes and number
+    of images change nothing. (A CPU torch.Generator would use only the low 32 bits of a seed.)
     Raises ValueError for a seed outside its range.
     """
     if not 0 <= seed < 2**64:
@@ -186,19 +176,15 @@ def sample_noise(seed, first, count, shape, draws=1):
     noise = np.empty((draws, count, *shape), dtype=np.float32)
     for k in range(count):
         rng = Generator(Philox(key=np.array([seed, first + k], dtype=np.uint64)))
-        for t in range(draws):
-            noise[t, k] = rng.standard_normal(shape, dtype=np.float32)
+        noise[:, k] = rng.standard_normal((draws, *shape), dtype=np.float32)
     return torch.from_numpy(noise)
 
 
 def truncate_noise(e, bound):
-    """Standard Gaussian noise -> noise of the normal truncated to [-bound, bound]. SE App. C.6.
+    """Standard Gaussian noise e [...] -> noise [...] of the normal truncated to [-bound, bound]. SE App. C.6.
 
-    e        [...]  of standard Gaussian numbers
-    bound    above 0
-    returns  [...]  each number moved to where the same share of the truncated normal lies below it, so that
-             the result is a function of e; dtype of e
-    Raises ValueError for a bound that is not above 0.
+    Each number moves to where the same share of the truncated normal lies below it: a function of e, in the
+    dtype of e. Raises ValueError for a bound that is not above 0.
     """
     if not bound > 0:
         raise ValueError(f"the bound of a truncated prior must be above 0, got {bound}")

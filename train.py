@@ -5,7 +5,6 @@
     python train.py --preset folder --data photos --out out/photos    # any folder of class folders
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
     python train.py --evaluate out/digits/last.pt
-    python train.py --export out/real --count 100                     # real images as files
 """
 
 import argparse
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from fid import (FEATURES, Extracted, FeatureStatistics, compare, feature_network, load_statistics,
                  nearest_neighbours, pixel_features, read_image, to_uint8)
 from losses import orthogonal_directions, perceptual_distance, sphere_encoder_loss, sphere_latent_loss
-from models import RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SiTBlock, SphereEncoder, SphereTokenizer
+from models import RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
 from sample import (errors_in_one_line, image_transform, literal, load, load_tokenizer, name_value,
                     pick_device, picture, read_checkpoint, reconstruct, sampler, to_float, to_pil)
 from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
@@ -200,7 +200,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
           activation_checkpointing=False, latents=None, evaluate_every=0.0, evaluation=None):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
-    preset      Preset, see PRESETS. If its tokenizer is a preset too, that is trained first, into out/tokenizer
+    preset      Preset, see PRESETS; if its tokenizer is a preset too, that is trained first, in out/tokenizer
     out         folder of last.pt to resume from, model.pt to sample from, log.jsonl and pictures
     seed        with the preset decides every number of the run, whatever the number of processes
     resume      continue from out/last.pt exactly where it was written
@@ -214,7 +214,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     activation_checkpointing  compute activations again in the backward pass: less memory, a third slower
     latents     npy file of a denoiser's LatentCache; out/latents.npy if the images are in memory, else none
 
-    Raises ValueError or OSError for bad input, FloatingPointError if a loss or gradient is not finite, and
+    Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
     KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came.
     """
     out, (rank, world) = Path(out), process_rank()
@@ -226,8 +226,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             workers = 0 if in_memory else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         tokenizer, source = open_tokenizer(preset, out, seed, device, stored), data
         if tokenizer and (latents or in_memory):
-            source = first_process_first(lambda: LatentCache(latents or out / "latents.npy", data, tokenizer,
-                                                             preset.flip, device, workers))
+            source = first_process_first(lambda: LatentCache(
+                latents or out / "latents.npy", data, tokenizer, preset.flip, device, workers))
         model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored, len(data))
         objective = wrapped(model, preset, device, compile, activation_checkpointing)
         sampled = ema if preset.use_ema else model
@@ -236,7 +236,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         save_every = min(SAVE_EVERY, max(1, total // 10 // LOG_EVERY) * LOG_EVERY)
         judge_every = max(1, round(evaluate_every * len(data) / preset.batch_size / LOG_EVERY)) * LOG_EVERY
         bf16 = preset.precision == "bf16" or preset.precision == "auto" and device.type == "cuda"
-        share = preset.batch_size // world
+        share, L = preset.batch_size // world, math.prod(model.latent_shape)
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
         indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
@@ -257,7 +257,10 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
             sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
             e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
-            directions = random_directions(model, seed, step).to(device) if preset.swd_weight else None
+            directions = None
+            if preset.swd_weight:                                                            # [L, M]
+                directions = torch.randn(L, min(L, 256), generator=seeded(seed, step, 3))
+                directions = orthogonal_directions(directions).to(device)
             x = images.to(device)
             y = torch.where(drawn["drop"], model.num_classes, labels.to(device))             # [4, B]
             if source is data:                                                               # [B, 3, H, W]
@@ -288,7 +291,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             means, stops = mean_over_window(window, done, interrupted)
             model.eval()
             if rank == 0:
-                append(out / "log.jsonl", {"step": done, **means, "lr": learning_rate(preset, step, total)})
+                line = {"step": done, **means, "lr": optimizer.param_groups[-1]["lr"]}
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
             if rank == 0 and (done % save_every == 0 or ends or stops):
                 save(done)
@@ -308,13 +313,13 @@ def open_run(preset, out, seed, resume, parts):
     """The checkpoint to resume from, or None for a new run. Raises ValueError rather than mix two runs, and
     for settings that do not fit each other, or a batch that cannot be cut into parts."""
     last, p = out / "last.pt", preset
-    if p.batch_size < 1 or parts < 1 or p.batch_size % parts:
-        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of {parts} (processes, --accumulate)")
+    if parts < 1 or p.batch_size < 1 or p.batch_size % parts:
+        raise ValueError(f"--batch-size {p.batch_size} must be a multiple of processes x accumulate, {parts}")
     if p.batch_norm and parts > 1 and not torch.cuda.is_available():
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes on a CPU")
     if len(p.weights) != 5 or not p.epochs and not p.iterations:
         raise ValueError("a training needs five --weights, and --epochs or --iterations")
-    if not resume and (any(out.rglob("*.pt")) or (out / "log.jsonl").exists()):
+    if not resume and any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
         raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
     if not resume or not last.exists() and (out / "tokenizer" / "last.pt").exists():
         return None                                         # perhaps left while it trained its tokenizer
@@ -322,12 +327,12 @@ def open_run(preset, out, seed, resume, parts):
     before = {**stored["preset"], "seed": stored["seed"]}
     for name, value in {**asdict(p), "seed": seed}.items():
         if value != before.get(name) and name != "data":    # the files may have moved
-            raise ValueError(f"{last} was trained with {name} {before.get(name)}, not {value}; --resume takes "
-                             f"all settings from the run: drop that option and --preset, or change --out")
-    for path in (out / "log.jsonl", out / "evaluations.jsonl"):     # no lines after the step, of a killed run
-        if path.exists() and process_rank()[0] == 0:
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= stored["step"]))
+            raise ValueError(f"{last} was trained with {name} {before.get(name)}, not {value}; --resume has "
+                             f"the settings of the run: drop that option and --preset, or change --out")
+    for path in (out / "log.jsonl", out / "evaluations.jsonl") if process_rank()[0] == 0 else ():
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []     # some of a killed run
+        path.write_text("".join(line for line in lines
+                                if line.endswith("\n") and json.loads(line)["step"] <= stored["step"]))
     return stored
 
 
@@ -340,12 +345,12 @@ def open_tokenizer(preset, out, seed, device, stored):
         kept = stored["tokenizer"] if stored else path
         return first_process_first(lambda: load_tokenizer(kept)).to(device)
     if path in PRESETS:
-        small, folder = replace(PRESETS[path], data=preset.data, precision=preset.precision), out / "tokenizer"
-        path = train(small, folder, seed, (folder / "last.pt").exists(), device)
+        small = replace(PRESETS[path], data=preset.data, precision=preset.precision)
+        path = train(small, out / "tokenizer", seed, (out / "tokenizer" / "last.pt").exists(), device)
     model = load(path, device)
     if not isinstance(model, SphereEncoder) or model.image_size != (preset.image_size,) * 2:
-        raise ValueError(f"--tokenizer {path} must be a Sphere Encoder for --image-size {preset.image_size}, got "
-                         f"a {type(model).__name__} for {model.image_size[0]}")
+        raise ValueError(f"--tokenizer {path} must be a Sphere Encoder for --image-size {preset.image_size}, "
+                         f"got a {type(model).__name__} for {model.image_size[0]}")
     return SphereTokenizer(model)
 
 
@@ -392,7 +397,7 @@ def build_model(preset, class_names, latent_shape=None):
 def wrapped(model, preset, device, compile, activation_checkpointing):
     """The Objective of a model, in the wrappers of several processes and of torch.compile."""
     for block in model.modules():
-        if activation_checkpointing and isinstance(block, (Block, SiTBlock)):
+        if activation_checkpointing and isinstance(block, Block):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     perceptual = None
     if not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3]):
@@ -401,7 +406,7 @@ def wrapped(model, preset, device, compile, activation_checkpointing):
     if distributed.is_initialized():
         if device.type == "cuda":                           # a batch norm, if any, sees the global batch
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        # None of the buffers needs a broadcast; the argument's name has changed in torch 2.15.
+        # The last argument says that no buffer needs a broadcast; its name has changed in torch 2.15.
         objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False)
     if compile:
         torch._dynamo.config.optimize_ddp = not activation_checkpointing        # some versions of torch fail
@@ -429,9 +434,6 @@ def update_ema(ema, model, decay, step):
         average.copy_(buffer)
 
 
-# ---- At intervals ------------------------------------------------------------------------------------------
-
-
 def mean_over_window(window, done, interrupted):
     """Empty the window of the last iterations: means over iterations and processes by name, and whether a
     process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
@@ -449,38 +451,34 @@ def mean_over_window(window, done, interrupted):
     return dict(zip(names, means)), stops > 0
 
 
-def append(path, line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def write_checkpoint(path, model, preset, **more):
     """Write what sampling needs, and more: beside, flushed to disk, renamed, so that at every moment a whole
     checkpoint bears the name."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer, beside = getattr(model, "tokenizer", None), path.with_suffix(".tmp")
     if isinstance(tokenizer, SphereTokenizer):
-        stored = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
+        tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
+    elif tokenizer:
+        tokenizer = "rae"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as file:
+    with open(beside, "wb") as file:
         torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
-                    "tokenizer": tokenizer and (stored if isinstance(tokenizer, SphereTokenizer) else "rae"),
-                    "model": model.state_dict(), **more}, file)
+                    "tokenizer": tokenizer, "model": model.state_dict(), **more}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(beside, path)
 
 
 def keep_best(out, step, model, preset, rows):
     """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet
     distance (or FID), is lower than ever at the last number of steps."""
-    append(out / "evaluations.jsonl", {"step": step, **rows})
+    with open(out / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **rows}) + "\n")
     row, columns = next(iter(rows.items()))
     column = [name for name in columns if name.startswith("T")][-1]
-    lines = (out / "evaluations.jsonl").read_text().splitlines()
-    scores = [json.loads(line)[row][column] for line in lines]
+    scores = [json.loads(line)[row][column] for line in (out / "evaluations.jsonl").read_text().splitlines()]
     if scores[-1] == min(scores):
         write_checkpoint(out / "best.pt", model, preset)
-    say(f"{out / 'best.pt'}: {row} {min(scores):.4f}; after {step} iterations it is {scores[-1]:.4f}")
+    tqdm.write(f"{out / 'best.pt'}: {row} {min(scores):.4f}; after {step} iterations it is {scores[-1]:.4f}")
 
 
 def draw(path, model, data, columns=5, rows=10):
@@ -505,10 +503,7 @@ def draw(path, model, data, columns=5, rows=10):
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.legend()
     figure.savefig(path.parent / "losses.png", dpi=100)
-    say(f"{path}, {path.parent / 'losses.png'}")
-
-
-# ---- Randomness --------------------------------------------------------------------------------------------
+    tqdm.write(f"{path}, {path.parent / 'losses.png'}")
 
 
 def seeded(*key):
@@ -539,12 +534,6 @@ def gaussian(seeds, shape, device):
     generator = torch.Generator(device)
     return torch.stack([torch.randn(shape, device=device, generator=generator.manual_seed(seed))
                         for seed in seeds.tolist()])
-
-
-def random_directions(model, *key):
-    """256 directions (at most L) for a sliced Wasserstein distance of the model's latents, [L, M]."""
-    L = math.prod(model.latent_shape)
-    return orthogonal_directions(torch.randn(L, min(L, 256), generator=seeded(*key, 3)))
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
@@ -643,7 +632,7 @@ class LatentCache(Dataset):
             return torch.stack([tokenizer.encode(view) for view in (x, x.flip(-1))[:1 + flip]], dim=1).cpu()
 
         if not self.path.exists():
-            beside = self.path.with_name(f"{self.path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+            beside = self.path.with_name(f"{self.path.name}.{uuid4().hex}.tmp")
             beside.parent.mkdir(parents=True, exist_ok=True)
             latents, place = np.lib.format.open_memmap(beside, "w+", np.float32, shape), 0
             for images, _ in tqdm(DataLoader(data, 64, num_workers=workers, generator=seeded(0)), "latents",
@@ -738,12 +727,6 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def say(text):
-    """A line on standard output, from the first process only, above the progress bar."""
-    if process_rank()[0] == 0:
-        tqdm.write(text, file=sys.stdout)
-
-
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
@@ -769,10 +752,10 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     features   torch-fidelity, pytorch-fid (50,000 training images at most are real) or pixels (10,000)
     reference  npz of statistics to compare with instead
     sampling   other arguments of generate or generate_latent, in place of the preset's
-    returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of reconstructed training
-               images (rFID); of pixels, judged right, the share of images whose class an SVC trained on the real
-               ones reads, and nearest, the median distance to the nearest real image over that of the held-out
-               ones, well below 1 if images were memorised
+    returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of reconstructed
+               training images (rFID); of pixels, judged right, the share of images whose class an SVC trained
+               on the real ones reads, and nearest, the median distance to the nearest real image over that of
+               the held-out ones, well below 1 if images were memorised
     """
     steps = (steps,) if isinstance(steps, int) else steps
     if count < 5 or min(steps) < 1 or features not in FEATURES:
@@ -832,8 +815,8 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
 
 
 def gathered(places, rows_of, batch=100):
-    """Rows [n, ...] of all places, on all processes. Fixed batches are computed whole, each by one process, so
-    that rounding does not depend on their number."""
+    """Rows [n, ...] of all places, on all processes. Fixed batches are computed whole, each by one process,
+    so that rounding does not depend on their number."""
     rank, world = process_rank()
     parts = [places[i:i + batch] for i in range(rank * batch, len(places), world * batch)]
     gathered = [[(part[0], rows_of(part).cpu()) for part in parts]] * world
@@ -890,10 +873,11 @@ def cost(preset):
 
 
 def documented(function):
-    """{name: (type, default, help)} of a function's arguments that have a default and a line in its docstring."""
+    """{name: (type, default, help)} of the arguments that have a default and a line in the docstring."""
     lines = dict(re.findall(r"^    (\w+)  +(.*)$", function.__doc__, re.M))
     return {name: (type(p.default), p.default, lines[name])
-            for name, p in inspect.signature(function).parameters.items() if name in lines and p.default != p.empty}
+            for name, p in inspect.signature(function).parameters.items()
+            if name in lines and p.default != p.empty}
 
 
 def main(argv=None):
@@ -908,7 +892,8 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="print all presets with sizes and cost, and stop")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write --count images there, and stop")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Preset), re.M))
-    settings = {f.name: (f.type, getattr(PRESETS.get(name, DIGITS), f.name), comments[f.name]) for f in fields(Preset)}
+    defaults = PRESETS.get(name, DIGITS)
+    settings = {f.name: (f.type, getattr(defaults, f.name), comments[f.name]) for f in fields(Preset)}
     for title, options in (("training", documented(train)), ("evaluation", documented(quality)),
                            (f"settings; in brackets those of {name}", settings)):
         group = parser.add_argument_group(title)
@@ -938,12 +923,13 @@ def run(given):
             raise ValueError(f"--evaluate takes its settings from the checkpoint; drop {min(wrong)}")
         rows = evaluate(path, **given, **judged, **changes.pop("sampling", {}), **changes)
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        say(f"{path}\n{'':20}" + "".join(f"{column:>15}" for column in columns))
-        for row, numbers in rows.items():
-            say(f"{row:20}" + "".join(f"{numbers[c]:15.4f}" if c in numbers else " " * 15 for c in columns))
+        if process_rank()[0] == 0:
+            print(f"{path}\n{'':20}" + "".join(f"{column:>15}" for column in columns))
+            for row, cells in rows.items():
+                print(f"{row:20}" + "".join(f"{cells[c]:15.4f}" if c in cells else " " * 15 for c in columns))
     elif judged and not given.get("evaluate_every"):
-        raise ValueError(f"--{min(judged)} belongs to --evaluate or --evaluate-every; the length of a training "
-                         f"is --iterations or --epochs")
+        raise ValueError(f"--{min(judged)} belongs to --evaluate and --evaluate-every; "
+                         f"the length of a training is --iterations or --epochs")
     else:
         if given.get("resume") and (out / "last.pt").exists():
             stored = read_checkpoint(out / "last.pt", "optimizer")

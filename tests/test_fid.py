@@ -335,7 +335,8 @@ def test_pixel_features_of_shifted_images_differ_by_their_mean_gap():
 # ---- bad input ----
 
 
-@pytest.mark.parametrize("what, named", [("missing", "No such"), ("another", "6726825d"), ("damaged", "")])
+@pytest.mark.parametrize("what, named", [
+    ("missing", "No such file"), ("another", "invalid hash"), ("damaged", "missing or damaged")])
 def test_inception_weights_that_cannot_be_had_name_file_and_url(
         folders, weights_file, tmp_path, monkeypatch, capsys, what, named):
     url = weights_file.as_uri() if what == "another" else f"file:///nowhere/{weights_file.name}"

@@ -137,8 +137,8 @@ def test_the_four_passes_take_their_own_classes(model, batch):
                        {"lat_con"}]
 
 
-def test_terms_of_weight_zero_cost_no_pass(model, batch, monkeypatch):
-    calls = []
+def test_terms_of_weight_zero_cost_no_pass_and_change_no_other_term(model, batch, monkeypatch):
+    batch["y"], calls, recon = torch.tensor([[0, 1, 3], [4, 1, 3], [0, 4, 3], [0, 1, 4]]), [], []
     for name in ("encode", "decode"):
         whole = getattr(model, name)
         monkeypatch.setattr(
@@ -147,8 +147,8 @@ def test_terms_of_weight_zero_cost_no_pass(model, batch, monkeypatch):
                               ((1, 0, 1, 0, 0), [("encode", 3), ("decode", 6)]),
                               ((1, 0, 1, 0, 1), [("encode", 3), ("decode", 6), ("encode", 3)])):
         calls.clear()
-        sphere_encoder_loss(model, **batch, weights=weights)
-        assert calls == expected
+        recon.append(sphere_encoder_loss(model, **batch, weights=weights)[1]["recon_l1"].item())
+        assert calls == expected and recon[-1] == pytest.approx(recon[0], rel=1e-5)
 
 
 def test_losses_of_bf16_inputs_are_computed_in_float32():

@@ -2,8 +2,9 @@ import ast
 import inspect
 import math
 import shutil
-import urllib.error
 from collections import Counter
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 
 from conftest import (ROOT, TINY, TINY_LATENT, released_rae_decoder, seeded_array, with_class_token_table,
                       with_seeded_weights)
-from models import (RAE, RAE_DECODER, RAE_DECODER_SIZE, RAE_STATISTICS, SIT_SIZES, SIZES, ConvHead, LinearHead,
-                    Mixer, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, apply_rope, convert_official,
-                    convert_official_config, convert_rae_decoder, rope_table, sincos_table)
+from models import (RAE, RAE_DECODER, RAE_DECODER_SIZE, RAE_STATISTICS, SIT_SIZES, SIZES, ConvHead,
+                    LinearHead, Mixer, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, apply_rope,
+                    convert_official, convert_official_config, convert_rae_decoder, rope_table, sincos_table)
 from spherify import spherify
 from train import wrapped
 
@@ -51,12 +52,16 @@ def test_parameter_counts_are_exactly_the_released_ones(name):
     assert len(model.state_dict()) == tensors
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *SIT_SIZES])
 def test_every_size_keeps_shapes_on_the_meta_device(size):
     with torch.device("meta"):
-        model = SphereEncoder(64, 8, 5, 3, size, size, 1)
-        z = model.encode(torch.empty(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
-        assert z.shape == (2, 64, 5) and model.decode(z).shape == (2, 3, 64, 64)
+        z, y = torch.empty(2, 64, 8), torch.zeros(2, dtype=torch.int64)
+        if size in SIT_SIZES:
+            assert SiT(64, 8, 3, size)(z, y).shape == z.shape
+        else:
+            model = SphereEncoder(64, 8, 8, 3, size, size, 1)
+            x = model.decode(z)
+            assert x.shape == (2, 3, 64, 64) and model.encode(x, y).shape == z.shape
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +84,13 @@ def test_networks_agree_with_the_released_system(golden):
 
 def golden_model(golden):
     config = ast.literal_eval(str(golden["config"]))
-    size = (config["size"]["width"], config["size"]["layers"], config["size"]["heads"])
+    size = tuple(config["size"][key] for key in ("width", "layers", "heads"))
     model = SphereEncoder(config["image_size"], config["patch_size"], config["token_channels"],
                           config["num_classes"], size, size, config["mixer_depth"], config["pixel_head"],
                           config["angle"])
-    names_and_shapes = (line.split(" ", 1) for line in golden["keys"])
-    model.load_state_dict(convert_official({name: seeded_array(name, ast.literal_eval(shape))
-                                            for name, shape in names_and_shapes
-                                            if not name.endswith("pos_embed")}))
+    shapes = dict(line.split(" ", 1) for line in golden["keys"])
+    model.load_state_dict(convert_official({name: seeded_array(name, ast.literal_eval(shape)) for name, shape
+                                            in shapes.items() if not name.endswith("pos_embed")}))
     return model
 
 
@@ -97,54 +101,38 @@ def released_layout(model):
     """Names and shapes of the released checkpoint of a model's sizes, written from its description."""
     config, shapes = model.config, {}
     P, d, K, B = (config[key] for key in ("patch_size", "latent_dim", "num_classes", "mixer_depth"))
-    N = model.latent_shape[0]
+    N, linear = model.latent_shape[0], config["pixel_head"] == "linear"
     for side in ("encoder", "decoder"):
         W, depth, _ = SIZES.get(config[f"{side}_size"], config[f"{side}_size"])
-        h = int(W * 8 / 3)
-        out = d if side == "encoder" else 3 * P * P if config["pixel_head"] == "linear" else 32
-
-        def put(name, *shape, bias=True):
-            shapes[f"{side}.{name}.weight"] = shape
-            if bias:
-                shapes[f"{side}.{name}.bias"] = shape[:1]
-
-        shapes[f"{side}.pos_embed"] = (1, N, W)
+        h, bare, biased = int(W * 8 / 3), {}, {}            # layers without and with a bias
         for i in range(depth):
-            put(f"blocks.{i}.norm1", W, bias=False)
-            put(f"blocks.{i}.norm2", W, bias=False)
-            put(f"blocks.{i}.attn.qkv", 3 * W, W)
-            put(f"blocks.{i}.attn.proj", W, W)
-            put(f"blocks.{i}.mlp.w12", 2 * h, W)
-            put(f"blocks.{i}.mlp.w3", W, h)
-            if K:
-                put(f"blocks.{i}.adaLN_modulation.1", 6 * W, W)
-        put("ffn.linear", out, W)
+            b = f"blocks.{i}."
+            bare |= {b + "norm1": (W,), b + "norm2": (W,)}
+            biased |= {b + "attn.qkv": (3 * W, W), b + "attn.proj": (W, W), b + "mlp.w12": (2 * h, W),
+                       b + "mlp.w3": (W, h)} | ({b + "adaLN_modulation.1": (6 * W, W)} if K else {})
         if K:
-            put("y_embedder.embedding_table", K + 1, W, bias=False)
-            put("ffn.norm", W, bias=False)
-            put("ffn.adaLN_modulation.1", 2 * W, W)
+            bare |= {"y_embedder.embedding_table": (K + 1, W), "ffn.norm": (W,)}
+            biased["ffn.adaLN_modulation.1"] = (2 * W, W)
         if side == "encoder":
-            put("x_embedder.0", W, 3, P, P, bias=False)
-            put("x_embedder.1", W, W, 1, 1)
+            mixer, dim, out = "out", d, d
+            bare["x_embedder.0"], biased["x_embedder.1"] = (W, 3, P, P), (W, W, 1, 1)
         else:
-            put("x_embedder.0" if B else "x_embedder", W, d)
-        mixer, dim = ("out", d) if side == "encoder" else ("x_embedder.1", W)
+            mixer, dim, out = "x_embedder.1", W, 3 * P * P if linear else 32
+            biased["x_embedder.0" if B else "x_embedder"] = (W, d)
+            biased["out.2"] = (3, 3, 3, 3) if linear else (32, 32, 3, 3)
         for k in range(B):
-            put(f"{mixer}.blocks.{k}.norm1", dim, bias=False)
-            put(f"{mixer}.blocks.{k}.norm2", dim, bias=False)
-            put(f"{mixer}.blocks.{k}.tok_mixer.mix.0", N, N)
-            put(f"{mixer}.blocks.{k}.tok_mixer.mix.2", N, N)
-            put(f"{mixer}.blocks.{k}.chn_mixer.mix.0", 2 * dim, dim)
-            put(f"{mixer}.blocks.{k}.chn_mixer.mix.2", dim, 2 * dim)
-            shapes[f"{side}.{mixer}.blocks.{k}.alpha1"] = shapes[f"{side}.{mixer}.blocks.{k}.alpha2"] = (1,)
-        if B:
-            put(f"{mixer}.norm", dim, bias=False)
-    if config["pixel_head"] == "linear":
-        put("out.2", 3, 3, 3, 3)
-    else:
-        put("out.2", 32, 32, 3, 3)
-        shapes |= {"decoder.out.4.weight": (32, 3, P + 2, P + 2), "decoder.out.4.bias": (3,)}
-    return shapes
+            b = f"{mixer}.blocks.{k}."
+            bare |= {b + "norm1": (dim,), b + "norm2": (dim,)}
+            biased |= {b + "tok_mixer.mix.0": (N, N), b + "tok_mixer.mix.2": (N, N),
+                       b + "chn_mixer.mix.0": (2 * dim, dim), b + "chn_mixer.mix.2": (dim, 2 * dim)}
+            shapes |= {f"{side}.{b}alpha1": (1,), f"{side}.{b}alpha2": (1,)}
+        bare |= {f"{mixer}.norm": (dim,)} if B else {}
+        biased["ffn.linear"] = (out, W)
+        shapes |= {f"{side}.{name}.weight": shape for name, shape in (bare | biased).items()}
+        shapes |= {f"{side}.{name}.bias": shape[:1] for name, shape in biased.items()}
+        shapes[f"{side}.pos_embed"] = (1, N, W)
+    head = {"decoder.out.4.weight": (32, 3, P + 2, P + 2), "decoder.out.4.bias": (3,)}
+    return shapes if linear else shapes | head
 
 
 TINY_RELEASED = {
@@ -177,35 +165,32 @@ def released(name="linear"):
 def test_converted_weights_load_and_each_stands_in_its_place(name):
     model, weights = released(name)
     model.load_state_dict(convert_official(weights))
-    assert model.encoder.blocks[0].mlp.w12.weight.equal(weights["encoder.blocks.0.mlp.w12.weight"])
+    places = {"encoder.blocks.0.mlp.w12.weight": "encoder.blocks.0.mlp.w12.weight",
+              "decoder.out.conv.bias": "decoder.out.2.bias"}
     if name == "no-mixers":
-        assert model.decoder.x_embedder[0].weight.equal(weights["decoder.x_embedder.weight"])
+        places["decoder.x_embedder.0.weight"] = "decoder.x_embedder.weight"
     else:
-        mixer = model.decoder.x_embedder[1].blocks[0]
-        key = "decoder.x_embedder.1.blocks.0.tok_mixer.mix.2.weight"
-        assert mixer.tok_mixer[2].weight.equal(weights[key])
-        assert mixer.alpha2.equal(weights["decoder.x_embedder.1.blocks.0.alpha2"])
+        mixer = "decoder.x_embedder.1.blocks.0."
+        places[mixer + "tok_mixer.2.weight"] = mixer + "tok_mixer.mix.2.weight"
+        places[mixer + "alpha2"] = mixer + "alpha2"
     if name == "conv":
-        assert model.decoder.out.upsample.weight.equal(weights["decoder.out.4.weight"])
-    assert model.decoder.out.conv.bias.equal(weights["decoder.out.2.bias"])
+        places["decoder.out.upsample.weight"] = "decoder.out.4.weight"
+    for ours, theirs in places.items():
+        assert model.get_parameter(ours).equal(weights[theirs])
 
 
 def test_wrappers_stray_buffers_old_gates_and_short_floats_are_understood():
     model, weights = released()
     plain = convert_official(weights)
-    weights["encoder.rope"], weights["decoder.rope"] = torch.zeros(1, 16, 16), torch.zeros(1, 16, 24)
-    for key in list(weights):
-        if "alpha" in key:
-            weights[key] = weights[key][0]                                  # 0-d
-        if key.endswith("w3.weight"):
-            weights[key] = weights[key].double()
-    weights.pop("decoder.pos_embed")
-    wrapped = {f"module._orig_mod.{key.replace('blocks.1.', 'blocks.1._checkpoint_wrapped_module.')}": tensor
-               for key, tensor in weights.items()}
-    converted = convert_official(wrapped)
+    weights.pop("decoder.pos_embed")                                        # the table is the model's own
+    held = {"module._orig_mod.encoder.rope": torch.zeros(1, 16, 16)}
+    for key, tensor in weights.items():
+        key = "module._orig_mod." + key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module.")
+        held[key] = tensor.squeeze() if "alpha" in key else tensor.double() if "w3.weight" in key else tensor
+    converted = convert_official({"model": held})
     assert converted.keys() == plain.keys() - {"decoder.pos_embed"}
     assert all(tensor.dtype == torch.float32 and tensor.equal(plain[k]) for k, tensor in converted.items())
-    model.load_state_dict(converted)                                        # the table is the model's own
+    model.load_state_dict(converted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -313,8 +298,8 @@ def test_inits_are_the_released_ones():
         assert 0.98 * bound < weight.abs().max() <= bound
     assert encoder.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert decoder.out.conv.weight.abs().max() <= 0.01 * math.sqrt(6 / (27 + 27))
-    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias") or "alpha" in name}
-    assert len(biases) > 20 and all((p == 0).all() for p in biases.values())
+    zeros = [p for name, p in model.named_parameters() if name.endswith("bias") or "alpha" in name]
+    assert len(zeros) > 20 and not any(p.any() for p in zeros)
 
 
 # ---- shapes, dtypes, classes ----
@@ -344,15 +329,11 @@ def test_encode_and_decode_return_float32_under_autocast_and_float64_for_float64
     torch.testing.assert_close(z64.float(), z, rtol=1e-4, atol=1e-4)
 
 
-def test_no_class_means_the_null_class(model):
-    x, v, null = images(model, 3), latents(model, 3), torch.full((3,), 4)
+def test_the_class_matters_in_encoder_and_decoder_each_with_its_own_table_and_none_is_the_null_class(model):
+    x, v, y, null = images(model, 3), latents(model, 3), torch.tensor([0, 1, 2]), torch.full((3,), 4)
+    z, image = model.encode(x, y), model.decode(v, y)
     assert torch.equal(model.encode(x), model.encode(x, null))
     assert torch.equal(model.decode(v), model.decode(v, null))
-
-
-def test_the_class_matters_in_encoder_and_decoder_each_with_its_own_table(model):
-    x, v, y = images(model, 3), latents(model, 3), torch.tensor([0, 1, 2])
-    z, image = model.encode(x, y), model.decode(v, y)
     assert (z - model.encode(x)).abs().amax((1, 2)).min() > 1e-3
     assert (image - model.decode(v)).abs().amax((1, 2, 3)).min() > 1e-3
     model.decoder.y_embedder.embedding_table.weight.data += 1
@@ -375,9 +356,8 @@ def test_an_unconditional_model_has_no_tables_and_ignores_classes(unconditional)
 
 
 def test_an_encoder_without_classes_is_blind_to_them_while_the_decoder_sees_them():
-    model = with_seeded_weights(SphereEncoder((12, 20), 4, 7, 4, (16, 2, 2), (24, 1, 2), 2,
-                                              encoder_classes=False))
-    x, v = torch.rand(2, 3, 12, 20), torch.randn(2, 15, 7)
+    model = SphereEncoder((12, 20), 4, 7, 4, (16, 2, 2), (24, 1, 2), 2, encoder_classes=False)
+    x, v = images(with_seeded_weights(model), 2), latents(model, 2)
     one, two = torch.tensor([0, 1]), torch.tensor([2, 4])
     assert torch.equal(model.encode(x, one), model.encode(x, two))
     assert not torch.allclose(model.decode(v, one), model.decode(v, two))
@@ -392,7 +372,7 @@ def test_batch_norm_gives_every_channel_mean_zero_and_variance_one_over_batch_an
     torch.testing.assert_close(z, (raw - raw.mean((0, 1))) / raw.var((0, 1), correction=0).sqrt(), rtol=1e-3,
                                atol=1e-3)
     torch.testing.assert_close(model.norm.running_mean, 0.1 * raw.mean((0, 1)), rtol=1e-4, atol=1e-5)
-    assert {name for name in model.state_dict() if "norm." in name and name.startswith("norm")} == {
+    assert {name for name in model.state_dict() if name.startswith("norm.")} == {
         "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
@@ -422,9 +402,8 @@ def test_sincos_table_encodes_the_column_first():
     table = sincos_table((3, 5), 16).view(3, 5, 16)
     assert torch.equal(table[:1, :, :8].expand(3, -1, -1), table[..., :8])
     assert torch.equal(table[:, :1, 8:].expand(-1, 5, -1), table[..., 8:])
-    expected = torch.sin(4 * 10000.0 ** (-torch.arange(4) / 4.0))
-    torch.testing.assert_close(table[0, 4, :4], expected)
-    torch.testing.assert_close(table[0, 4, 4:8], torch.cos(4 * 10000.0 ** (-torch.arange(4) / 4.0)))
+    angle = 4 * 10000.0 ** (-torch.arange(4) / 4.0)
+    torch.testing.assert_close(table[0, 4, :8], torch.cat([angle.sin(), angle.cos()]))
 
 
 def test_position_tables_are_those_of_the_models_own_grid(model):
@@ -449,8 +428,7 @@ def test_linear_head_puts_every_patch_in_its_place():
 def test_conv_head_is_reflect_conv_silu_transposed_conv_tanh():
     head = with_seeded_weights(ConvHead((3, 5), 4))
     tokens = torch.randn(2, 15, 32)
-    x = torch.stack([tokens[:, 5 * i:5 * i + 5] for i in range(3)], dim=1)                 # [B, h, w, 32]
-    x = x.permute(0, 3, 1, 2)                                                              # [B, 32, h, w]
+    x = torch.stack([tokens[:, 5 * i:5 * i + 5] for i in range(3)], 1).permute(0, 3, 1, 2)  # [B, 32, h, w]
     x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), head.conv.weight, head.conv.bias)
     x = F.conv_transpose2d(x * torch.sigmoid(x), head.upsample.weight, head.upsample.bias,
                            stride=4, padding=1)
@@ -474,11 +452,8 @@ def test_mixers_mix_all_tokens_and_only_behind_their_gates():
 
 
 def test_mixers_stand_at_the_encoders_end_and_the_decoders_start(model):
-    ends = {"encoder.out": (15, 7), "decoder.x_embedder.1": (15, 24)}
-    for name, (tokens, dim) in ends.items():
-        mixer = model.get_submodule(name)
-        assert mixer.blocks[0].tok_mixer[0].weight.shape == (tokens, tokens)
-        assert mixer.norm.weight.shape == (dim,)
+    for mixer, dim in ((model.encoder.out, 7), (model.decoder.x_embedder[1], 24)):
+        assert mixer.blocks[0].tok_mixer[0].weight.shape == (15, 15) and mixer.norm.weight.shape == (dim,)
     z = model.encode(images(model, 2))
     model.encoder.out.norm.weight.data *= 2
     torch.testing.assert_close(model.encode(images(model, 2)), 2 * z)
@@ -513,13 +488,6 @@ def test_denoisers_have_exactly_the_released_tensors_and_parameters(arguments, t
     with torch.device("meta"):
         state_dict = SiT(*arguments).state_dict()
     assert len(state_dict) == tensors and sum(tensor.numel() for tensor in state_dict.values()) == parameters
-
-
-@pytest.mark.parametrize("size", SIT_SIZES)
-def test_every_denoiser_size_keeps_shapes_on_the_meta_device(size):
-    with torch.device("meta"):
-        model = SiT(256, 768, 1000, size)
-        assert model(torch.empty(2, 256, 768), torch.zeros(2, dtype=torch.long)).shape == (2, 256, 768)
 
 
 def test_a_denoiser_knows_class_and_latent_but_no_timestep(denoiser):
@@ -627,9 +595,8 @@ def test_the_released_size_of_the_rae_decoder_has_its_456_tensors_and_415_352_70
 
 
 @pytest.mark.parametrize("key, tensor, named", [
-    ("decoder_norm.weight", None, "Missing key.*norm.weight"),
-    ("decoder_norm.gamma", torch.zeros(48), "Unexpected key.*norm.gamma"),
-    ("decoder_embed.bias", torch.zeros(9), r"embed.bias: .*\[9\].*\[48\]"),
+    ("decoder_norm.weight", None, 'Missing key.*"norm.weight"'),
+    ("decoder_norm.gamma", torch.zeros(48), 'Unexpected key.*"norm.gamma"'),
     ("decoder_pos_embed", torch.zeros(1, 17, 48), "pos_embed is not the sin-cos table"),
 ])
 def test_rae_decoders_that_are_none_are_refused_by_name(hub, key, tensor, named):
@@ -642,29 +609,19 @@ def test_rae_decoders_that_are_none_are_refused_by_name(hub, key, tensor, named)
         RAE.from_hub()
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-
-
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("url, name", [RAE_DECODER, RAE_STATISTICS,
                                        ("facebookresearch/dinov2", "dinov2_vitb14_reg4_pretrain.pth")])
-def test_rae_files_that_are_missing_or_damaged_are_named_with_their_url(hub, offline, url, name, damaged):
-    RAE.from_hub()                                                          # needs no network
+def test_rae_files_that_are_missing_or_damaged_are_named_with_their_url(hub, monkeypatch, url, name, damaged):
+    monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=URLError("no network")))
+    RAE.from_hub()                                                          # all is there
     content = (hub / name).read_bytes()
     (hub / name).unlink()
     if damaged:
         (hub / name).write_bytes(content[:100])
     with pytest.raises(OSError) as error:
         RAE.from_hub()
-    assert name in str(error.value) and url in str(error.value) and str(hub) in str(error.value)
-
-
-def test_the_missing_repository_of_dinov2_is_named_with_its_place(hub, offline):
+    assert str(hub) in str(error.value) and name in str(error.value) and url in str(error.value)
     shutil.rmtree(hub.parent / "facebookresearch_dinov2_main")
     with pytest.raises(OSError, match="github.com/facebookresearch/dinov2 in .*facebookresearch_dinov2_main"):
         RAE.from_hub()

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import sample
-from conftest import ROOT, one_line
+from conftest import ROOT, one_line, with_seeded_weights
 from models import convert_official
 from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct, sampler
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, truncate_noise
@@ -105,14 +106,15 @@ def test_guided_two_step_sampling_agrees_with_the_released_system():
         np.testing.assert_allclose(x, golden[name], rtol=0, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["model", "denoiser"])
 @pytest.mark.parametrize("change", [
-    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=1.0), dict(shared=False), dict(seed=1),
-    dict(first=1), dict(cfg=2.0, position="decoder"), dict(y=torch.tensor([0, 1, 2])), dict(official=True),
-    dict(bound=0.5),
+    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=0.5), dict(shared=False), dict(seed=1),
+    dict(first=1), dict(y=torch.tensor([0, 1, 2])), dict(official=True), dict(bound=0.5),
 ])
-def test_every_option_changes_the_result(model, change):
-    base = dict(y=Y, steps=4)
-    assert (generate(model, **base) - generate(model, **{**base, **change})).abs().max() > 1e-4
+def test_every_option_changes_the_result(kind, change, request):
+    net, base = request.getfixturevalue(kind), dict(y=Y, steps=4)
+    one, two = (sampler(net)(net, **options) for options in (base, {**base, **change}))
+    assert (one - two).abs().max() > 1e-4
 
 
 def test_gamma_one_adds_no_noise_at_the_last_step(model):
@@ -136,13 +138,12 @@ def test_given_noise_replaces_the_seeded_one(model):
                        generate(model, Y, 3, shared=False, seed=5))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_images_do_not_depend_on_the_batch(model, shared):
-    y = torch.arange(16) % 4
-    whole = generate(model, y, 3, 1.5, seed=2, shared=shared)
-    parts = torch.cat([generate(model, y[i:i + 3], 3, 1.5, seed=2, first=i, shared=shared)
-                       for i in range(0, 16, 3)])
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("kind, options", [("model", {}), ("model", {"shared": False}), ("denoiser", {})])
+def test_images_do_not_depend_on_the_batch(kind, options, request):
+    net, y = request.getfixturevalue(kind), torch.arange(16) % 4
+    whole = sampler(net)(net, y, 3, 1.5, seed=2, **options)
+    parts = [sampler(net)(net, y[i:i + 3], 3, 1.5, seed=2, first=i, **options) for i in range(0, 16, 3)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
 
 
 def test_an_unconditional_model_samples_with_the_null_class(unconditional):
@@ -160,7 +161,8 @@ def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model):
 
 
 def run(checkpoint, out, options=""):
-    main([*options.split(), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"])
+    device = [] if "--device" in options else ["--device", "cpu"]
+    main([*options.split(), "--checkpoint", str(checkpoint), "--out", str(out), *device])
 
 
 def refusal(capsys, checkpoint, out, options=""):
@@ -197,7 +199,7 @@ class Explosive:
 
 
 @pytest.mark.parametrize("damage, named", [
-    *((damage, "bad.pt") for damage in ("missing", "text", "empty", "truncated", "pickle", "code", "foreign")),
+    *((damage, "bad.pt") for damage in "missing text empty truncated pickle code foreign".split()),
     ("setting", "colour"), ("weights", "decoder.ffn.linear.bias"), ("no average", "ema"),
 ])
 def test_what_is_no_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys, monkeypatch, damage, named):
@@ -242,32 +244,37 @@ def test_a_checkpoint_of_the_official_code_is_sampled_with_its_configuration(off
     assert torch.equal(generate(plain, Y, 2), generate(model, Y, 2, alpha=85.0))
     assert not torch.equal(generate(plain, Y, 2), generate(averaged, Y, 2))
     run(path, tmp_path, f"--config {cfg} --count 3 --singles")
-    assert_singles_are(generate(model, [0, 1, 2], 4), tmp_path)
+    assert_singles_are(generate(model, [0, 1, 2], 4, alpha=85.0), tmp_path)
 
 
-@pytest.mark.parametrize("damage, named", [
-    ("truncated", "ep0007.pth"), ("no model", "ep0007.pth"), ("without config", "--config"),
-    ("missing key", "decoder.ffn.linear.bias"), ("other sizes", "size mismatch"), ("no cfg", "cfg.json"),
-    ("cfg key", "'patch_size' is missing"),
+@pytest.mark.parametrize("weights, settings, options, named", [
+    ({}, {}, "", "--config"), ({}, {}, "--config nowhere.json", "nowhere.json"),
+    ({"model": {}}, {}, "--config cfg.json", "Missing key"),
+    ({}, {"token_channels": 6}, "--config cfg.json", "size mismatch"),
 ])
-def test_damaged_official_checkpoints_are_refused_in_one_line(official, tmp_path, capsys, damage, named):
+def test_official_checkpoints_that_do_not_fit_are_refused_in_one_line(
+        official, tmp_path, monkeypatch, capsys, weights, settings, options, named):
+    monkeypatch.chdir(tmp_path)
     path, cfg, _ = official
-    content, settings = torch.load(path), json.loads(cfg.read_text())
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif damage == "no cfg":
-        cfg.unlink()
-    elif damage in ("no model", "missing key"):
-        content["model"].pop("_orig_mod.decoder.ffn.linear.bias")
-        torch.save(content if damage == "missing key" else {"epoch": 7}, path)
-    elif damage in ("other sizes", "cfg key"):
-        settings.pop("patch_size" if damage == "cfg key" else "epoch", None)
-        cfg.write_text(json.dumps({**settings, "token_channels": 6}))
-    options = "" if damage == "without config" else f"--config {cfg}"
+    torch.save({**torch.load(path), **weights}, path)
+    cfg.write_text(json.dumps({**json.loads(cfg.read_text()), **settings}))
     assert named in refusal(capsys, path, tmp_path / "out", options)
 
 
 # ---- command line ----
+
+
+def with_seeds(checkpoint, path):
+    """A copy of a checkpoint with seeded weights: those of 6 iterations would hardly show a class."""
+    ema = with_seeded_weights(load(checkpoint)).state_dict()
+    plain = {name: x if name.endswith("pos_embed") else 0.9 * x for name, x in ema.items()}
+    torch.save({**read_checkpoint(checkpoint), "model": plain, "ema": ema}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seeded(trained, tmp_path_factory):
+    return with_seeds(trained, tmp_path_factory.mktemp("seeded") / "last.pt")
 
 
 @pytest.fixture
@@ -292,32 +299,28 @@ def assert_singles_are(images, out):
         assert abs(written - ((image + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
 
 
-def test_the_command_writes_a_picture_and_singles_that_depend_on_seed_and_index_alone(trained, tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    run(trained, a, "--steps 2 --seed 4 --singles --count 7 --batch-size 3")
-    run(trained, b, "--steps 2 --seed 4 --singles --count 12")
-    assert sorted(p.name for p in a.iterdir()) == ["generate.png", "images"]
-    assert len(list((a / "images").iterdir())) == 7
-    for path in (a / "images").iterdir():
-        other = pixels(b / "images" / path.name)
-        assert other.shape == (16, 16, 3) and abs(pixels(path) - other).max() <= 1
-    x = generate(load(trained), torch.tensor([5]), 2, seed=4, first=5)      # sample 5 of all has class 5
-    written = pixels(a / "images" / "000005.png")
-    assert abs(written - ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
+def test_single_images_depend_on_seed_and_index_alone(seeded, tmp_path):
+    run(seeded, tmp_path / "a", "--steps 2 --seed 4 --singles --count 7 --batch-size 3")
+    run(seeded, tmp_path / "b", "--steps 2 --seed 4 --singles --count 12")
+    x = generate(load(seeded), [*range(10), 0, 1], 2, seed=4)
+    assert_singles_are(x[:7], tmp_path / "a")
+    assert_singles_are(x, tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["generate.png", "images"]
 
 
 @pytest.mark.parametrize("options, meaning", [
     ("--steps 3", dict(steps=3)), ("--cfg 2", dict(cfg=2.0)), ("--seed 9", dict(seed=9)),
-    ("--no-ema", dict(ema=False)), ("--classes 3 10", dict(y=[3, 10, 3, 10])),
+    ("--no-ema", {}), ("--classes 3 10", dict(y=[3, 10, 3, 10])),
     ("--sampling shared=False", dict(shared=False)), ("--sampling official=True", dict(official=True)),
     ("--cfg 2 --sampling position=decoder", dict(cfg=2.0, position="decoder")),
     ("--sampling gamma=1 alpha=60", dict(gamma=1.0, alpha=60.0)), ("--sampling bound=0.5", dict(bound=0.5)),
 ])
-def test_every_option_of_the_command_reaches_algorithm_1(trained, tmp_path, options, meaning):
-    run(trained, tmp_path, "--count 4 --steps 2 --singles " + options)
-    settings = {**dict(y=[0, 1, 2, 3], steps=2), **meaning}
-    model = load(trained, ema=settings.pop("ema", None))
-    assert_singles_are(generate(model, settings.pop("y"), **settings), tmp_path)
+def test_every_option_of_the_command_reaches_algorithm_1(seeded, tmp_path, options, meaning):
+    run(seeded, tmp_path, "--count 4 --steps 2 --singles " + options)
+    model = load(seeded, ema="--no-ema" not in options)
+    x = generate(model, **{**dict(y=[0, 1, 2, 3], steps=2), **meaning})
+    assert_singles_are(x, tmp_path)
+    assert (x - generate(load(seeded), [0, 1, 2, 3], 2)).abs().max() > 0.03
 
 
 def places(drawn, image):
@@ -327,18 +330,22 @@ def places(drawn, image):
             if np.array_equal(drawn[26 + 48 * row:74 + 48 * row, x:x + 48], image)]
 
 
-@pytest.mark.parametrize("classes, count, row_of", [
-    ("3 5", 5, lambda i: i % 2), ("0 1 2 3 4 5 6 7 8 9 10 0 1 2 3 4 5", 33, lambda i: i // 16)])
-def test_pictures_have_a_row_per_class_and_of_many_classes_rows_of_sixteen(
-        trained, tmp_path, classes, count, row_of):
-    run(trained, tmp_path, f"--count {count} --steps 1 --singles --classes {classes}")
+@pytest.mark.parametrize("classes, names, count, row_of", [
+    ("3 10", ["3", "null"], 5, lambda i: i % 2),
+    ("0 1 2 3 4 5 6 7 8 9 10 0 1 2 3 4 5", [], 33, lambda i: i // 16)])
+def test_pictures_have_a_row_per_class_with_its_name_or_rows_of_sixteen(
+        seeded, tmp_path, classes, names, count, row_of):
+    run(seeded, tmp_path, f"--count {count} --steps 1 --singles --classes {classes}")
     drawn, rows = pixels(tmp_path / "generate.png"), {}
     for i in range(count):
         for row, x in places(drawn, pixels(tmp_path / "images" / f"{i:06d}.png")):
             rows.setdefault(row, []).append((i, x))
-    assert sum(map(len, rows.values())) == count - 1                        # the last one would begin a column or row
+    assert sum(map(len, rows.values())) == count - 1            # the last one would begin a new column or row
     for row, images in rows.items():
         assert all(row_of(i) == row for i, _ in images) and (np.diff([x for _, x in images]) == 48).all()
+    words = np.asarray(picture({"": torch.zeros(len(rows), 1, 3, 16, 16)}, names))
+    left = rows[0][0][1]
+    assert np.array_equal(drawn[26:, :left], words[26:, :left])
 
 
 def test_a_picture_shows_every_image_where_it_belongs():
@@ -353,16 +360,22 @@ def test_a_picture_shows_every_image_where_it_belongs():
         assert runs == pytest.approx(expected, abs=1)
 
 
+def test_a_sphere_is_drawn_whole_and_round_where_its_points_cover_a_part():
+    points = F.normalize(torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    for axes in sample.sphere_picture({"cap": points[points[:, 0] > 0.6], "all": points}).axes:
+        assert axes.get_xlim() == axes.get_ylim() == axes.get_zlim() == (-1, 1)
+
+
 @pytest.mark.parametrize("kind, options, named", [("trained", *mistake) for mistake in (
-    ("--steps 0", "steps"), ("--cfg -2", "-2"), ("--cfg nan", "nan"), ("--classes 11", "11"), ("--seed -1", "seed"),
-    ("--classes 0 1 11 --batch-size 2 --singles", "11"), ("--device abacus", "abacus"),
-    ("--sampling alpha=90", "90"), ("--sampling gamma=-1", "gamma"), ("--sampling bound=0", "bound"),
-    ("--sampling position=left", "left"), ("--sampling project_last=True", "project_last"),
+    ("--steps 0", "steps"), ("--cfg -2", "-2"), ("--cfg nan", "nan"), ("--classes 11", "11"),
+    ("--seed -1", "seed"), ("--classes 0 1 11 --batch-size 2 --singles", "11"),
+    ("--device abacus", "abacus"), ("--sampling alpha=90", "90"), ("--sampling gamma=-1", "gamma"),
+    ("--sampling bound=0", "bound"), ("--sampling position=left", "left"),
+    ("--sampling project_last=True", "project_last"),
     ("reconstruct", "--images"), ("reconstruct --images a.png x.png", "x.png"),
     ("reconstruct --images a.png --classes 11", "11"), ("interpolate --classes 0 11", "11"),
     ("crossover --images a.png", "two"), ("crossover --images a.png b.png --mask round", "round"),
-    ("crossover --images a.png b.png --classes 11", "11"), ("crossover --images a.png b.png --sampling r=2", "2"),
-    ("manipulate --images a.png b.png", "one"), ("manipulate --images a.png --classes 12", "12"),
+    ("crossover --images a.png b.png --sampling r=1.75", "1.75"), ("manipulate --images a.png b.png", "one"),
 )] + [
     ("tiny_tokenizer", "--classes 1", "0..0"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
     ("tiny_tokenizer", "manipulate --images a.png", "classes"),
@@ -437,16 +450,6 @@ def test_the_last_prediction_is_decoded_raw_or_projected(denoiser):
     assert (projected - raw).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("change", [
-    dict(steps=3), dict(cfg=2.0), dict(alpha=60.0), dict(gamma=0.0), dict(shared=False), dict(seed=1),
-    dict(first=1), dict(y=torch.tensor([0, 1, 2])), dict(official=True),
-])
-def test_every_latent_option_changes_the_result(denoiser, change):
-    base = dict(y=Y, steps=4)
-    plain, changed = (generate_latent(denoiser, **options) for options in (base, {**base, **change}))
-    assert (plain - changed).abs().max() > 1e-4
-
-
 def test_a_preset_brings_its_own_sampling(denoiser):
     own = sampler(denoiser)(denoiser, Y, 4)
     assert torch.equal(own, generate_latent(denoiser, Y, 4, gamma=1.0, shared=True, alpha=70.0))
@@ -456,14 +459,6 @@ def test_a_preset_brings_its_own_sampling(denoiser):
     assert torch.equal(given, generate_latent(denoiser, Y, 4, gamma=0.5, shared=False))
 
 
-def test_latent_images_do_not_depend_on_the_batch(denoiser):
-    y = torch.arange(16) % 4
-    whole = generate_latent(denoiser, y, 3, 1.5, seed=2)
-    parts = torch.cat([generate_latent(denoiser, y[i:i + 3], 3, 1.5, seed=2, first=i)
-                       for i in range(0, 16, 3)])
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
-
-
 def test_reconstruction_of_a_denoiser_is_its_tokenizers(denoiser):
     x = torch.rand(2, 3, 12, 20) * 2 - 1
     assert torch.equal(reconstruct(denoiser, x), denoiser.tokenizer.decode(denoiser.tokenizer.encode(x)))
@@ -471,12 +466,15 @@ def test_reconstruction_of_a_denoiser_is_its_tokenizers(denoiser):
 
 def test_a_latent_checkpoint_is_rebuilt_from_the_file_alone_and_drawn(
         trained_latent, tiny_tokenizer, tmp_path):
-    loaded, tokenizer = load(trained_latent), load(tiny_tokenizer)
+    path = with_seeds(trained_latent, tmp_path / "last.pt")
+    loaded, tokenizer = load(path), load(tiny_tokenizer)
     assert loaded.class_names == [str(k) for k in range(10)]
     for name, weight in tokenizer.state_dict().items():
         assert torch.equal(weight, loaded.tokenizer.model.state_dict()[name])
-    run(trained_latent, tmp_path, "--count 3 --singles --steps 2 --sampling shared=False gamma=0")
-    assert_singles_are(generate_latent(loaded, torch.arange(3), 2, shared=False, gamma=0.0), tmp_path)
+    run(path, tmp_path, "--count 3 --singles --steps 2 --sampling shared=False gamma=0")
+    x = generate_latent(loaded, torch.arange(3), 2, shared=False, gamma=0.0)
+    assert_singles_are(x, tmp_path)
+    assert (x - generate_latent(loaded, torch.arange(3), 2, gamma=0.0)).abs().max() > 0.01
 
 
 # ---- editing ----
@@ -592,13 +590,14 @@ def lines(model, y, mixing, **options):
      lambda m, x: lines(m, 4 * [3, 8, 1], sample.line(3), spherical=True, seed=2)),
     ("interpolate --frames 3 --way square --steps 2 --cfg 2 --sampling gamma=1",
      lambda m, x: sample.interpolate(m, [0, 1, 2, 3], sample.square(3), 2, 2.0, gamma=1)),
-    ("crossover --images a.png b.png --steps 3", lambda m, x: sample.crossover(m, *x.split(1), steps=3)[1:, 0]),
+    ("crossover --images a.png b.png --steps 3",
+     lambda m, x: sample.crossover(m, *x.split(1), steps=3)[1:, 0]),
     ("manipulate --images a.png --classes 1 2 3 --steps 2",
      lambda m, x: sample.manipulate(m, x[0], [1, 2, 3], 2)[1:].transpose(0, 1).flatten(0, 1)),
 ])
-def test_every_word_writes_what_its_function_gives_and_shows_it(trained, photos, tmp_path, options, expected):
-    run(trained, tmp_path, options + " --singles")
-    model = load(trained)
+def test_every_word_writes_what_its_function_gives_and_shows_it(seeded, photos, tmp_path, options, expected):
+    run(seeded, tmp_path, options + " --singles")
+    model = load(seeded)
     assert_singles_are(expected(model, sample.open_images(["a.png", "b.png"], model.image_size)), tmp_path)
     drawn = pixels(f"{options.split()[0]}.png")
     assert all(places(drawn, pixels(path)) for path in (tmp_path / "images").iterdir())
@@ -613,8 +612,8 @@ def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_la
 @pytest.mark.parametrize("options", [
     "--sampling r=0.9", "--sampling gamma=0", "--sampling shared=False", "--sampling alpha=50", "--classes 3",
     "--mask diagonal", "--mask white.png", "--steps 3", "--seed 2", "--cfg 2"])
-def test_every_option_of_a_crossover_reaches_its_picture(trained, photos, options):
+def test_every_option_of_a_crossover_reaches_its_picture(seeded, photos, options):
     for out, more in (("plain", ""), ("other", options)):
-        run(trained, out, f"crossover --images a.png b.png --classes 1 --cfg 1.5 --steps 4 {more}")
+        run(seeded, out, f"crossover --images a.png b.png --classes 1 --cfg 1.5 --steps 4 {more}")
     plain, other = (pixels(f"{out}/crossover.png") for out in ("plain", "other"))
-    assert plain.shape != other.shape or (plain != other)[26:].any()                        # beneath the titles
+    assert plain.shape != other.shape or (plain != other)[26:].any()            # beneath the titles
