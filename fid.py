@@ -8,8 +8,12 @@ FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. Precision, recal
 """
 
 import argparse
+import contextlib
 import json
+import os
+import re
 import sys
+import time
 import warnings
 import zipfile
 from collections import namedtuple
@@ -51,6 +55,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu")
                                 for a in (mu1, sigma1, mu2, sigma2))
+    if sigma1.shape != sigma2.shape:
+        raise ValueError(f"features of {len(mu1)} and of {len(mu2)} dimensions cannot be compared")
     sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
     (C1, regular1), (C2, regular2) = _factor(sigma1), _factor(sigma2)
     if regular1 and regular2:
@@ -92,7 +98,10 @@ def precision_recall(generated, real, k=3):
 
     generated, real  [n, D] and [m, D] features
     returns  (precision, recall): the share of generated images in the real manifold, and the reverse
+    Raises ValueError for a set of k images or fewer.
     """
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images, got {len(generated)}, {len(real)}")
     def share_inside(x, others):
         radii = nearest_neighbours(others, others, k + 1)[0][:, k]      # the nearest one is the image itself
         inside = torch.cat([(torch.cdist(part, others) <= radii).any(1) for part in x.split(1024)])
@@ -176,9 +185,9 @@ def compare(generated, real, features):
 
 def save_statistics(path, statistics, features):
     """Write npz: mu (float32, as torch-fidelity insists on), sigma, count, features. Overwrites nothing."""
-    arrays = dict(mu=statistics.mean.float(), sigma=statistics.covariance, count=statistics.count)
+    mu, sigma = statistics.mean.float(), statistics.covariance                  # before the file exists
     with open(path, "xb") as file:
-        np.savez_compressed(file, **arrays, features=features)
+        np.savez_compressed(file, mu=mu, sigma=sigma, count=statistics.count, features=features)
 
 
 def load_statistics(path, features):
@@ -188,6 +197,8 @@ def load_statistics(path, features):
         with np.load(path) as file:
             stored = {name: file[name] for name in ("mu", "sigma", "count", "features") if name in file.files}
         mu, sigma = stored["mu"], stored["sigma"]
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+            raise ValueError(f"mu has shape {mu.shape}, sigma {sigma.shape}")
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an npz file with statistics mu and sigma ({error})") from None
     if stored.get("features", features) != features:
@@ -328,6 +339,26 @@ class ImageSet:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def errors_in_one_line(program):
+    """The one place where a mistake becomes a line, with exit code 2, as a warning does; of all commands."""
+    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError, TypeError) as error:
+        message = str(error) or "interrupted"
+        if isinstance(error, (RuntimeError, TypeError)) and not re.search(
+                "state_dict|keyword arg|multiple values|not supported between", message):
+            raise                                           # a mistake of ours
+        if "Original Traceback" in message:                 # of a process that reads images: look at the end
+            message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one now
+        print(f"{program}: {' '.join(message.split())[:1000]}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+@errors_in_one_line("fid.py")
 def main(argv=None):
     parser = argparse.ArgumentParser("fid.py", "fid.py A [B] [options]; --help lists them", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -342,22 +373,14 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
-    warnings.formatwarning = lambda message, *_: f"fid.py: {message}\n"
-    try:
-        measure(args)
-    except (ValueError, OSError) as error:
-        # What a process that reads images says comes with its traceback.
-        parser.exit(2, f"fid.py: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
-
-
-def measure(args):
     if not args.reference and not args.save:
         raise ValueError("give a second folder or npz file to compare with, or --save FILE.npz")
     if args.save and Path(args.save).exists():
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
     sets = [load_statistics(path, args.features) if path.endswith(".npz") else ImageSet(path)
             for path in (args.images, args.reference) if path]
-    network = feature_network(args.features, args.device)
+    if any(isinstance(images, ImageSet) for images in sets):
+        network = feature_network(args.features, args.device)
     for k, images in enumerate(sets):
         if isinstance(images, ImageSet):
             if images.others:

@@ -7,14 +7,8 @@
 
 import argparse
 import ast
-import contextlib
 import json
 import math
-import os
-import re
-import sys
-import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +19,7 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from fid import read_image, to_uint8
+from fid import errors_in_one_line, read_image, to_uint8
 from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config
 from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule, truncate_noise
 
@@ -57,9 +51,16 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     Raises ValueError for a class, step count, scale, angle or seed out of range.
     """
     y, sigmas, e = _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official)
-    s_encoder, s_decoder = (cfg**power for power in POSITIONS[position])
-    x = _guided(model.decode, spherify(e[0]), y, s_decoder).clamp(-1, 1)        # as in the official code
-    return _passes(model, x, y, sigmas, e[1:], s_encoder, s_decoder)[-1]
+    scales = _scales(cfg, position)
+    x = _guided(model.decode, spherify(e[0]), y, scales[1]).clamp(-1, 1)        # as in the official code
+    return _passes(model, x, y, sigmas, e[1:], *scales)[-1]
+
+
+def _scales(cfg, position):
+    """Guidance scales of encoder and decoder. SE App. C.1."""
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+    return [cfg**power for power in POSITIONS[position]]
 
 
 def _passes(model, x, y, sigmas, e, s_encoder, s_decoder):
@@ -178,8 +179,8 @@ def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=Tr
     if not isinstance(model, SphereEncoder) or not 0 <= r <= 1:
         raise ValueError(f"edits need a Sphere Encoder and r in [0, 1], got a {type(model).__name__} and {r}")
     y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, shared, None, seed, 0, None, False)
-    scales = [cfg**power for power in POSITIONS[position]]
-    return torch.stack(_passes(model, x.to(y.device), y, [r * sigma for sigma in sigmas], e, *scales))
+    sigmas = [r * sigma for sigma in sigmas]
+    return torch.stack(_passes(model, x.to(y.device), y, sigmas, e, *_scales(cfg, position)))
 
 
 def manipulate(model, x, classes, steps=4, **options):
@@ -227,14 +228,20 @@ def load(path, device="cpu", ema=None, config=None):
     """
     if config:
         key = "ema_model" if ema else "model"
-        settings = convert_official_config(json.loads(Path(config).read_text()))
+        try:
+            settings = convert_official_config(json.loads(Path(config).read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{config}: not a cfg.json of the official code ({error})") from None
         weights = convert_official(read_checkpoint(path, key)[key])
         names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
     else:
-        checkpoint = read_checkpoint(path, "ema" if ema else "config")
+        checkpoint = read_checkpoint(path, "tokenizer")
         settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
         sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
-        weights = checkpoint["ema" if (use_ema and "ema" in checkpoint if ema is None else ema) else "model"]
+        both = "ema" in checkpoint                          # last.pt; the others hold what the preset chose
+        if not both and ema not in (None, use_ema):
+            raise ValueError(f"{path} holds no choice of weights, last.pt does; leave --ema, --no-ema out")
+        weights = checkpoint["ema" if both and (use_ema if ema is None else ema) else "model"]
     model = (SiT if tokenizer else SphereEncoder)(**settings)
     model.load_state_dict(weights)
     model.class_names, model.sampling = names, sampling
@@ -297,6 +304,8 @@ def image_transform(size):
 
 def open_images(paths, size):
     """Image files of any kind and size -> [B, 3, H, W] in [-1, 1]; see image_transform and fid.read_image."""
+    if not paths:
+        raise ValueError("no image files given: --images")
     transform = transforms.Compose([image_transform(max(size)), transforms.CenterCrop(size)])
     return to_float(torch.stack([transform(read_image(path)) for path in paths]))
 
@@ -313,24 +322,6 @@ def to_pil(x, zoom=1):
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def errors_in_one_line(program):
-    """The one place where a mistake becomes a line, with exit code 2, as a warning does."""
-    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError, TypeError) as error:
-        message = str(error) or "interrupted"
-        if isinstance(error, (RuntimeError, TypeError)) and not re.search("state_dict|keyword arg", message):
-            raise                                           # a mistake of ours
-        if "Original Traceback" in message:                 # of a process that reads images: look at the end
-            message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one now
-        print(f"{program}: {' '.join(message.split())[:1000]}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def pick_device(name=None):
@@ -387,9 +378,12 @@ def main(argv=None):
     if args.singles and any((args.out / "images").glob("*")):
         raise ValueError(f"{args.out / 'images'} holds images; choose another --out, or remove them")
     model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.classes and not 0 <= min(args.classes) <= max(args.classes) <= model.num_classes:
+        raise ValueError(f"--classes must be of 0..{model.num_classes}, got {args.classes}")
     how = dict(cfg=args.cfg, seed=args.seed, **dict(args.sampling))
-    picture(*WORDS[args.word](args, model, how)).save(args.out / f"{args.word}.png")
+    drawn = picture(*WORDS[args.word](args, model, how))    # only then a folder: a mistake leaves none
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawn.save(args.out / f"{args.word}.png")
     print(f"{args.out / args.word}.png" + f" and {args.out / 'images'}/" * args.singles)
 
 
@@ -401,9 +395,11 @@ def draw_samples(args, model, how):
         x = sampler(model)(model, y[first:first + args.batch_size], args.steps, first=first, **how)
         write_singles(args, x, first)
         shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable
-    columns, few = min(len(classes), 16, len(shown)), len(classes) <= 16            # if few, a row per class
-    images = torch.stack(shown[:len(shown) // columns * columns]).unflatten(0, (-1, columns))
-    images = images.transpose(0, 1) if few else images                         # [rows, columns, 3, H, W]
+    few = 1 < len(classes) <= 16                                                    # then a row per class
+    columns = min(len(classes), len(shown)) if few else math.ceil(math.sqrt(len(shown)))
+    shown += [torch.ones_like(shown[0])] * (-len(shown) % columns)                  # white fills the grid
+    images = torch.stack(shown).unflatten(0, (-1, columns))
+    images = images.transpose(0, 1) if few else images                              # [rows, columns, 3, H, W]
     names = [[*model.class_names, "null"][k] for k in classes[:columns]] if few and model.num_classes else []
     return {f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}": images}, names
 
@@ -426,6 +422,7 @@ def draw_interpolations(args, model, how):
     write_singles(args, x)
     if args.gif:
         first, *rest = (to_pil(image, max(1, round(96 / max(model.image_size)))) for image in x)
+        args.out.mkdir(parents=True, exist_ok=True)
         first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
     return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))}, []
 
@@ -450,7 +447,7 @@ def draw_edits(args, model, how):
 
 def write_singles(args, images, first=0):
     if args.singles:
-        (args.out / "images").mkdir(exist_ok=True)
+        (args.out / "images").mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images, first):
             to_pil(image).save(args.out / "images" / f"{i:06d}.png")
 

@@ -36,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from tqdm import tqdm
 
-from fid import (FEATURES, Extracted, FeatureStatistics, compare, feature_network, load_statistics,
-                 nearest_neighbours, pixel_features, read_image, to_uint8)
+from fid import (FEATURES, Extracted, FeatureStatistics, compare, errors_in_one_line, feature_network,
+                 load_statistics, nearest_neighbours, pixel_features, read_image, to_uint8)
 from losses import orthogonal_directions, perceptual_distance, sphere_encoder_loss, sphere_latent_loss
 from models import RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
-from sample import (errors_in_one_line, image_transform, literal, load, load_tokenizer, name_value,
-                    pick_device, picture, read_checkpoint, reconstruct, sampler, to_float, to_pil)
+from sample import (image_transform, literal, load, load_tokenizer, name_value, pick_device, picture,
+                    read_checkpoint, reconstruct, sampler, to_float, to_pil)
 from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4

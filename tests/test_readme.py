@@ -1,11 +1,14 @@
 """The README's commands, names and tables are checked against the code."""
 
+import functools
+import inspect
 import json
 import math
 import re
 import shlex
 
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -33,13 +36,17 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 
 
 @pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
-def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, trained, tmp_path):
+def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, tmp_path):
     command = next(command for command in COMMANDS if command.endswith(shlex.join(["train.py", *argv])))
     processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command))
     calls = []
-    monkeypatch.setattr(
-        train, "train", lambda preset, out, *rest, **given: calls.append(
-            train.check_preset(preset, processes, given.get("accumulate", 1))))
+
+    @functools.wraps(train.train)                       # its arguments and their docstrings are options
+    def checked(preset, out, accumulate=1, **given):
+        assert given.keys() <= inspect.signature(train.train).parameters.keys()
+        calls.append(train.open_run(preset, tmp_path, given.get("seed", 0), False, processes * accumulate))
+
+    monkeypatch.setattr(train, "train", checked)
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     monkeypatch.setattr(train, "list_presets", lambda: calls.append("list"))
     monkeypatch.setattr(train, "export", lambda *args: calls.append("export"))
@@ -54,18 +61,24 @@ def test_readme_sampling_commands_draw(argv, trained, tmp_path):
     argv = [str(tmp_path / word) if word in ("a.png", "b.jpg") else word for word in argv]
     argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]   # the last one given counts
     sample.main(argv)
-    assert (tmp_path / "out" / "samples.png").exists()
+    word = argv[0] if argv[0] in sample.WORDS else "generate"
+    assert (tmp_path / "out" / f"{word}.png").exists()
 
 
 @pytest.mark.parametrize("argv", [argv for argv in arguments("sample.py") if "--config" in argv],
                          ids=" ".join)
-def test_readme_command_for_released_weights_is_understood(argv, monkeypatch):
+def test_readme_command_for_released_weights_is_understood(argv, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(sample, "load", lambda *arguments: None)
-    monkeypatch.setitem(sample.WORDS, "generate", (lambda args, *rest: seen.append(args),
-                                                   *sample.WORDS["generate"][1:]))
-    sample.main(argv)
-    assert seen[0].config == "cfg.json" and seen[0].official
+    monkeypatch.setattr(sample, "load", lambda *arguments: seen.append(arguments))
+
+    def draw(args, model, how):
+        """Nothing."""
+        assert how["official"] is True
+        return {"": torch.zeros(1, 1, 3, 16, 16)}, []
+
+    monkeypatch.setitem(sample.WORDS, "generate", draw)
+    sample.main([*argv, "--out", str(tmp_path)])
+    assert seen[0][3] == "cfg.json"
 
 
 def test_every_function_and_test_that_the_readme_names_exists():

@@ -216,9 +216,12 @@ def test_learning_rate_warms_up_linearly_and_ends_at_its_minimum():
     assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
 
 
-def test_epochs_give_the_length_by_the_size_of_the_data(tmp_path):
-    path = train.train(replace(TINY, iterations=0, epochs=0.02), tmp_path / "run")
-    assert read_checkpoint(path)["step"] == 4                               # 0.02 * 1500 / 8 rounded up
+def test_the_length_given_replaces_that_of_the_preset_and_epochs_are_of_its_data(tmp_path):
+    digits = "--dataset digits --image-size 16 --patch-size 4 --weights 1,0,1,0,0.1".split()
+    command("--out", tmp_path / "a", "--preset", "cifar10", *digits, *TINY_FLAGS)       # instead of 5000 epochs
+    command("--out", tmp_path / "b", *TINY_FLAGS[:10], "--epochs", "0.02")              # instead of 2200
+    steps = [read_checkpoint(tmp_path / name / "last.pt")["step"] for name in "ab"]
+    assert steps == [6, math.ceil(0.02 * 1500 / 8)] and "--iterations" not in TINY_FLAGS[:10]
 
 
 def test_average_is_a_lerp_whose_decay_rises_to_its_limit():
@@ -253,7 +256,6 @@ def test_a_run_that_is_evaluated_killed_and_resumed_equals_one_that_nothing_dist
     assert_same_run(broken, whole)
     evaluations = lines(broken / "evaluations.jsonl")
     scores = {line["step"]: line["Fréchet distance"]["T = 2"] for line in evaluations}
-    print(scores)
     assert list(scores) == [3, 6, 9, 12, 15, 18, 20]
     assert distance(broken / "best.pt", 2) == min(scores.values())
     if not preset.batch_norm:
@@ -658,14 +660,6 @@ def test_the_list_has_every_preset_with_its_exact_size_and_cost(capsys):
         assert 0 < drawn["sigma_sub"].max() < drawn["sigma"].max() < math.inf
 
 
-def test_the_length_given_replaces_the_length_of_the_preset(monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "train", lambda preset, *rest, **speed: seen.append(preset))
-    command("--preset", "cifar10", "--iterations", "9")
-    command("--preset", "digits", "--epochs", "2.5")
-    assert [(p.epochs, p.iterations) for p in seen] == [(0, 9), (2.5, 0)]
-
-
 # ---- evaluation ----
 
 
@@ -790,11 +784,10 @@ def test_guidance_and_sampling_options_reach_the_samples_that_are_judged(kind, r
     ("--preset folder --data photos", "vgg16-397923af.pth"), ("--accumulate 3", "--batch-size 32"),
     ("--preset digits-latent --tokenizer rae", "DINOv2"), ("--weights 1,1", "--weights"),
     ("--batch-norm --accumulate 2", "--batch-norm"), ("--alpha-max 90", "90"), ("--device abacus", "abacus"),
-    ("--encoder-size tiny", "tiny"), ("--patch-size 5", "5"), ("--sampling colour=red", "colour"),
-    ("--steps 5000", "--iterations"), *((f"--evaluate {{trained}} {words}", named) for words, named in (
-        ("--count 1", "--count"), ("--steps 0", "--steps"), ("--cfg -1", "cfg"), ("--seed -1", "seed"),
-        ("--sampling alpha=90", "90"), ("--sampling bound=0", "bound"), ("--reference no.npz", "no.npz"),
-        ("--features pytorch-fid", "weights-inception-2015-12-05"), ("--lr 1", "drop lr")))])
+    ("--encoder-size tiny", "tiny"), ("--sampling colour=red", "colour"), ("--steps 5000", "--iterations"),
+    *((f"--evaluate {{trained}} {words}", named) for words, named in (
+        ("--count 1", "--count"), ("--steps 0", "--steps"), ("--cfg -1", "cfg"), ("--lr 1", "drop lr"),
+        ("--sampling alpha=90", "90"), ("--reference no.npz", "no.npz"), ("--features pytorch-fid", "pth")))])
 def test_mistakes_are_one_line_and_leave_nothing(
         trained, trained_latent, folder, tmp_path, capsys, monkeypatch, words, named):
     def refuse(*args, **options):
