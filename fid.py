@@ -29,8 +29,6 @@ from torchvision.models import inception
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from models import pretrained
-
 # Inception as torch-fidelity feeds it, like the original TensorFlow network (the Sphere Encoder's published
 # numbers are of this kind), or as pytorch-fid, by PyTorch's resizing: other numbers; or raw pixels.
 FEATURES = ("torch-fidelity", "pytorch-fid", "pixels")
@@ -280,11 +278,16 @@ def _resize_tf1(x):
 
 def feature_network(features="torch-fidelity", device="cpu"):
     """A callable on uint8 images [B, 3, H, W]: features [B, D] and logits [B, 1008], or [B, 0] of raw pixels.
-    Inception's weights come through models.pretrained, whose OSError says which file to place where."""
+    Inception's weights come through torch.hub; raises OSError that says which file to place where."""
     if features == "pixels":
         return lambda x: (pixel_features(x), torch.zeros(len(x), 0, device=x.device))
     network = InceptionV3(features)
-    network.load_state_dict(pretrained(INCEPTION_URL))
+    try:
+        network.load_state_dict(torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True))
+    except Exception as error:                              # no network, or one of torch.load's many kinds
+        raise OSError(f"Inception's weights are missing or damaged ({error}); place {INCEPTION_URL} into "
+                      f"{torch.hub.get_dir()}/checkpoints/") from None
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -379,13 +382,12 @@ def main(argv=None):
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
     sets = [load_statistics(path, args.features) if path.endswith(".npz") else ImageSet(path)
             for path in (args.images, args.reference) if path]
-    if any(isinstance(images, ImageSet) for images in sets):
-        network = feature_network(args.features, args.device)
+    network = None
     for k, images in enumerate(sets):
         if isinstance(images, ImageSet):
+            network = network or feature_network(args.features, args.device)
             if images.others:
-                print(f"fid.py: {len(images.others)} files that are no images are left out, such as "
-                      f"{images.others[0]}", file=sys.stderr)
+                warnings.warn(f"{images.others[0]} and {len(images.others) - 1} other files are no images")
             batches = DataLoader(images, args.batch_size, num_workers=args.workers)
             sets[k] = extract(tqdm(batches, unit="batch", disable=None), network, args.device)
     if args.save:

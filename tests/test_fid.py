@@ -350,7 +350,7 @@ def test_inception_weights_that_cannot_be_had_name_file_and_url(
         fid.main(list(folders))
     line = capsys.readouterr().err.splitlines()[-1]                     # above it, the download's progress
     assert exit.value.code == 2 and line.startswith("fid.py: ")
-    assert all(text in line for text in (str(place), url, named)) and place.exists() == (what == "damaged")
+    assert all(text in line for text in (str(place.parent), url, named)) and place.exists() == (what == "damaged")
 
 
 @pytest.mark.parametrize("argv, named", [
