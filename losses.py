@@ -225,7 +225,7 @@ CONVNEXT_SMALL = "https://download.pytorch.org/models/convnext_small-0c510722.pt
 def perceptual_distance(name):
     """The perceptual distance of SE Sec. 2.3, frozen: two [B, 3, H, W] in [-1, 1] -> one distance per image.
 
-    name     "lpips": the paper speaks of features of a static VGG (LPIPS assumed, as in the official code);
+    name     "lpips": SE speaks of features of a static VGG, SLE Sec. 3 and the official code of LPIPS;
              or "lpips+convnext": the official code's
     Images must be at least 16 pixels wide and high. Raises OSError that names a missing or damaged file.
     """

@@ -40,7 +40,7 @@ class SphereEncoder(nn.Module):
     encoder_size, decoder_size   a name of SIZES or a (width, depth, heads) triple
     mixer_depth   blocks of each MLP-Mixer; 0 leaves the mixers and their norms out
     pixel_head    "linear" (token -> patch, then a 3x3 conv) or "conv" (3x3 conv, SiLU, transposed conv)
-    alpha_max     degrees; the angle of the largest training noise, with which sampling starts every step
+    alpha_max     degrees; the angle of the noise at r = 1, in training (but for hard cases) and sampling
     encoder_classes  False makes an encoder that is blind to the class, which the paper warns of (Sec. 4,
                   "Conditional Uniformity")
     batch_norm    normalise E's output over batch and tokens, per channel, before f; without a learned scale
@@ -314,7 +314,7 @@ class ClassTable(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
 
-    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, whose learned weight sets the latent's magnitude.
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which bounds the output up to its learned weight.
     """
 
     def __init__(self, tokens, dim, depth):
@@ -356,7 +356,7 @@ class SiT(Transformer):
     token_dim     d, channels of a latent token
     num_classes   K; the class table's last row is the null class, an unconditional model's only one
     size          a name of SIT_SIZES or a (width, depth, heads) triple
-    alpha_max     degrees; the angle of the largest training noise, with which sampling starts every step
+    alpha_max     degrees; the angle of the noise at r = 1, in training and in sampling
 
     SiT with patches of one token and without its timestep: the class alone modulates the blocks. Where it has
     norms and biases is inferred from the released numbers of tensors and of parameters (401 and 675,160,896

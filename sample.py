@@ -31,14 +31,14 @@ MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")           # of
 @torch.no_grad()
 def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", bound=None,
              seed=0, first=0, e=None, official=False):
-    """Images from random points of the sphere, in T steps. SE Alg. 1.
+    """Images from random points of the sphere, in T steps. SE Eq. 3, Alg. 1.
 
     model     SphereEncoder
     y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model. Or floats
               [B, K + 1], mixing weights over the class embeddings; see interpolate
     steps     T >= 1: one decode, then T - 1 times encode, add noise, decode
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
-    alpha     degrees, angle of the largest noise; None is the model's own, that of its training
+    alpha     degrees, angle of the noise at r = 1; None is the model's own alpha_max
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
     shared    one noise vector per image for all steps (the paper's best), or a fresh one at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both ("combo"). SE App. C.1
@@ -139,7 +139,7 @@ def reconstruct(model, x, y=None):
 def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, first=0, **options):
     """Images between random points of the sphere: of a line, or of a square between four corners. SE Fig. 6.
 
-    y        [C] classes of the C corners; corner k begins at the noise of sample first + k of the seed
+    y        [C] classes of the C corners; corner k has the noise of sample first + k of the seed
     mixing   [F, C] shares of noise and class vector of each corner in a frame; see line and square
     spherical  go along the great circle through two corners instead of the chord, at constant speed
     model, options  as in generate or generate_latent, but for shared and e: the noise of later steps is that
@@ -170,8 +170,8 @@ def square(side):
 def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=True, position="combo", seed=0):
     """Pass images T times through encoder and decoder, with noise. SE Sec. 5.
 
-    x, y     [B, 3, H, W] in [-1, 1], and [B] classes to decode (and encode) to
-    r        relative strength of the noise, of the largest angle; it falls as r step_schedule(T + 1, gamma)
+    x, y     [B, 3, H, W] in [-1, 1], and [B] classes for encoder and decoder
+    r        factor on the largest sigma; pass k has r step_schedule(T + 1, gamma)[k - 1] (assumed)
     others   as in generate, for a SphereEncoder alone
     returns  [T + 1, B, 3, H, W]: x, and the image after every pass
     Raises ValueError as generate does, for r outside [0, 1], and for another kind of model.

@@ -1,6 +1,6 @@
 """The sphere: projection, noise and schedules of the Sphere Encoder and the Sphere Latent Encoder.
 
-SE  = "Image Generation with a Sphere Encoder", arXiv 2602.15030, Sec. 2.1, 2.2, 6 and App. C.2, C.6
+SE  = "Image Generation with a Sphere Encoder", arXiv 2602.15030, Sec. 2.1-2.3, 6 and App. C.2, C.6
 SLE = "Sphere Latent Encoder", arXiv 2605.15592, Sec. 4.3
 
 A latent is one point: all its tokens and channels together form a vector of length L = N * d on the
@@ -23,7 +23,7 @@ def spherify(z, eps=1e-6):
 
     z / sqrt(mean(z^2) + eps): the norm is sqrt(L) rms / sqrt(rms^2 + eps), so a zero vector (every latent at
     initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever autocast
-    does: a bf16 factor is off by up to 0.4 %, alike for all elements; the radius would not average it out.
+    does: a bf16 factor is off by up to 0.4 %, alike for all elements, and so the radius would be.
     """
     with torch.autocast(z.device.type, enabled=False):
         z_float = at_least_float32(z)
@@ -32,7 +32,7 @@ def spherify(z, eps=1e-6):
 
 
 def add_noise(v, sigma, e):
-    """Move a point of the sphere by Gaussian noise and project it back. SE Eq. 4 and 6.
+    """Move a point of the sphere by Gaussian noise and project it back. SE Eq. 4, 6; SLE Eq. 1.
 
     v        [B, ...]      points on the sphere
     sigma    float or [B]  noise magnitude, tan of the angle

@@ -1,4 +1,4 @@
-"""Training and evaluation of both papers' models. SE Sec. 2.3, 3, 4, App. B-D; SLE Sec. 4, 5.
+"""Training and evaluation of both papers' models. SE Sec. 2-4, 6, App. B-D; SLE Sec. 4, 5.
 
     python train.py                                                   # handwritten digits, in minutes
     python train.py --preset digits-latent                            # the same with a Sphere Latent Encoder
@@ -113,7 +113,7 @@ CIFAR10 = Preset(
 ANIMAL_FACES = Preset(
     dataset="animal-faces", data="data/afhq", conditional=False,            # paper Sec. 3.2
     image_size=256, patch_size=8, latent_dim=128,                           # paper Sec. 3.2: L = 32^2 x 128
-    encoder_size="large", decoder_size="large", mixer_depth=4,              # paper Table 5, Sec. 2.4
+    encoder_size="large", decoder_size="large", mixer_depth=4,              # paper Sec. 3.2, 2.4
     alpha_max=85.0, alpha_hard=89.0,                                        # paper Sec. 6, C.2
     weights=(25.0, 1.0, 1.0, 1.0, 0.1), epochs=1000, warmup=10 / 1000)      # script; paper Sec. 3.2; script
 FLOWERS102 = replace(ANIMAL_FACES, dataset="flowers102", data="data", conditional=True)
@@ -306,6 +306,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             if stops and not ends:
                 raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; everything is in "
                                         f"{out / 'last.pt'}, --resume continues from there")
+        if world > 1:
+            distributed.barrier()                           # the others may read it when it is written
     return out / "last.pt"
 
 
@@ -749,7 +751,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     count      number of samples, at least 5; sample i has class i mod K, and 8 bits as in an image file
     steps      T, one or several
     cfg        guidance scale, 1 = off
-    features   torch-fidelity, pytorch-fid (50,000 training images at most are real) or pixels (10,000)
+    features   torch-fidelity, pytorch-fid (real: at most 50,000 training images) or pixels (10,000)
     reference  npz of statistics to compare with instead
     sampling   other arguments of generate or generate_latent, in place of the preset's
     returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of reconstructed
@@ -839,7 +841,7 @@ def images_of(data, places):
 
 def list_presets():
     """A line per preset, from models on the meta device: sizes, and GFLOPs of one image."""
-    steps, totals, form = (1, 2, 4, 6), {}, ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>9}" * 7).format
+    steps, totals, form = (1, 2, 4, 6), {}, ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>10}" * 7).format
     print(form("preset", "pixels", "tokens", "L", "parameters", "encode", "denoise", "decode",
                *(f"T = {T}" for T in steps)))
     for name, preset in PRESETS.items():

@@ -457,14 +457,13 @@ def test_a_mistake_of_all_processes_or_of_one_is_one_line(folder, tmp_path):
     batch = next(batch_indices(12, 8, 0, range(1)))
     path = sorted(folder.glob("*/*.png"))[batch[-1]]                        # in the second process's share
     path.write_bytes(b"rubbish")
-    flags = ["--out", tmp_path / "run", *FOLDER_FLAGS, "--device", "cpu", "--workers", "0"]
-    for data, named in ((folder, f"{path}: not a readable image"), (tmp_path / "nowhere", "nowhere: ")):
-        process = start_processes(tmp_path, [*flags, "--data", data])
+    words = ["--out", tmp_path / "run", "--data", folder, *FOLDER_FLAGS, "--device", "cpu", "--workers", "0"]
+    for more, named in (["--batch-size", "7"], "--batch-size 7"), ([], f"{path}: not a readable image"):
+        process = start_processes(tmp_path, [*words, *more])
         errors = process.communicate()[1]
         found = [line for line in errors.splitlines() if line.startswith("train.py: ")
                  and "deprecated" not in line]
         assert process.returncode != 0 and len(found) == 1 and named in found[0], errors
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 # ---- what a run leaves ----
