@@ -477,7 +477,7 @@ class RAE(nn.Module):
         Raises OSError that says which file to place where."""
         os.environ.setdefault("XFORMERS_DISABLED", "1")         # if installed, its attention fails on a CPU
         try:
-            encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True)
+            encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True, verbose=False)
         except Exception as error:                              # as in pretrained
             hub = torch.hub.get_dir()
             raise OSError(f"DINOv2 is missing or damaged ({error}); place github.com/facebookresearch/dinov2 "

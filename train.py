@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -38,7 +39,8 @@ from tqdm import tqdm
 
 from fid import (FEATURES, Extracted, FeatureStatistics, compare, errors_in_one_line, feature_network,
                  load_statistics, nearest_neighbours, pixel_features, read_image, to_uint8)
-from losses import orthogonal_directions, perceptual_distance, sphere_encoder_loss, sphere_latent_loss
+from losses import (DISTANCES, orthogonal_directions, perceptual_distance, sphere_encoder_loss,
+                    sphere_latent_loss)
 from models import RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
 from sample import (image_transform, literal, load, load_tokenizer, name_value, pick_device, picture,
                     read_checkpoint, reconstruct, sampler, to_float, to_pil)
@@ -319,11 +321,13 @@ def open_run(preset, out, seed, resume, parts):
         raise ValueError(f"--batch-size {p.batch_size} must be a multiple of processes x accumulate, {parts}")
     if p.batch_norm and parts > 1 and not torch.cuda.is_available():
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes on a CPU")
-    if len(p.weights) != 5 or not p.epochs and not p.iterations:
-        raise ValueError("a training needs five --weights, and --epochs or --iterations")
+    if len(p.weights) != 5 or p.distance not in DISTANCES or not p.epochs and not p.iterations:
+        raise ValueError(f"a training needs five --weights, a --distance of {', '.join(DISTANCES)}, and "
+                         f"--epochs or --iterations")
+    random_draws(p, seed, 0)                                # refuses angles and noise that cannot be
     if not resume and any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
         raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
-    if not resume or not last.exists() and (out / "tokenizer" / "last.pt").exists():
+    if not resume or p.tokenizer and not last.exists() and (out / "tokenizer" / "last.pt").exists():
         return None                                         # perhaps left while it trained its tokenizer
     stored = read_checkpoint(last, "optimizer")
     before = {**stored["preset"], "seed": stored["seed"]}
@@ -408,7 +412,8 @@ def wrapped(model, preset, device, compile, activation_checkpointing):
     if distributed.is_initialized():
         if device.type == "cuda":                           # a batch norm, if any, sees the global batch
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        # The last argument says that no buffer needs a broadcast; its name has changed in torch 2.15.
+        # The last argument says that no buffer needs a broadcast; newer versions of torch rename it.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")
         objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False)
     if compile:
         torch._dynamo.config.optimize_ddp = not activation_checkpointing        # some versions of torch fail
@@ -643,9 +648,14 @@ class LatentCache(Dataset):
                 place += len(images)
             latents.flush()
             os.replace(beside, self.path)
-        stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
-        if stored.shape != shape or not np.allclose(stored[ends], encoded(images_of(data, ends)), atol=0.02):
-            raise ValueError(f"{self.path} holds latents of another tokenizer or of other images; delete it, "
+        try:
+            stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
+            again = encoded(images_of(data, ends))
+            same = stored.shape == shape and np.allclose(stored[ends], again, atol=0.02)
+        except (ValueError, EOFError):                      # damaged
+            same = False
+        if not same:
+            raise ValueError(f"{self.path} is not of this tokenizer and these images, or damaged; delete it, "
                              f"or name another file: --latents")
 
     @cached_property
@@ -778,7 +788,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     def sample(T, part):
         began = time.perf_counter()
         x = sampler(model)(model, [i % K for i in part], T, cfg, seed=seed, first=part[0], **sampling)
-        x = to_uint8((x + 1) / 2, truncate=sampling.get("official", False)).cpu()
+        x = to_uint8((x + 1) / 2, (sampler(model).keywords | sampling).get("official", False)).cpu()
         seconds.setdefault(T, []).append((time.perf_counter() - began) / len(part))
         return x
 

@@ -18,7 +18,7 @@ import train as train_module  # noqa: E402
 from models import SiT, SphereEncoder, SphereTokenizer  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
-train_module.LOG_EVERY = 2              # so that tiny runs within this process have several lines and checkpoints
+train_module.LOG_EVERY = 2              # tiny runs within this process have several lines and checkpoints
 TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
                mixer_depth=1, batch_size=8, iterations=6, warmup=0.3333)
 TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixer-depth 1 --batch-size 8 "
@@ -105,7 +105,7 @@ def released_rae_decoder():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """torch.hub's folder (TORCH_HOME) with a stand-in of DINOv2, which has the real entry point and output keys,
+    """torch.hub's folder (TORCH_HOME) with a stand-in of DINOv2 that has the real entry point and keys,
     and the RAE's files of released names and shapes: 4 x 4 tokens of 32 channels, images of 64 x 64."""
     golden, weights = released_rae_decoder()
     weights["decoder_pos_embed"] = with_class_token_table(48)
