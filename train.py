@@ -859,7 +859,7 @@ def list_presets():
         totals[name] = [T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in steps]
         (N, d), numbers = model.latent_shape, sum(p.numel() for p in model.parameters())
         print(form(name, preset.image_size, N, N * d, f"{numbers:,}",
-                   *(f"{flops:.4g}" for flops in (encode, denoise, decode, *totals[name]))))
+                   *(f"{flops:.5g}" for flops in (encode, denoise, decode, *totals[name]))))
     quotients = [se / sle for se, sle in zip(totals["imagenet-xl"], totals["imagenet-latent"])]
     print(form("imagenet-xl / -latent", *[""] * 7, *(f"{quotient:.2f}" for quotient in quotients)))
     print("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode")
