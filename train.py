@@ -19,16 +19,14 @@ import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import torch
-from numpy.random import SeedSequence
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +39,7 @@ from fid import (FEATURES, Extracted, FeatureStatistics, compare, errors_in_one_
                  load_statistics, nearest_neighbours, pixel_features, read_image, to_uint8)
 from losses import (DISTANCES, orthogonal_directions, perceptual_distance, sphere_encoder_loss,
                     sphere_latent_loss)
-from models import RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
+from models import RAE, RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
 from sample import (image_transform, literal, load, load_tokenizer, name_value, pick_device, picture,
                     read_checkpoint, reconstruct, sampler, to_float, to_pil)
 from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
@@ -57,10 +55,8 @@ LOG_EVERY, SAVE_EVERY = 10, 1000    # iterations; checkpoints and pictures come 
 @dataclass(frozen=True)
 class Preset:
     """Everything that a result depends on but the seed. Fields are command-line options, comments their help.
-
     Batch, optimizer, rates, EMA and the use of plain weights are the official code's (the paper's Table 16 is
-    not in our text); what a preset below does not set is ours.
-    """
+    not in our text); what a preset below does not set is ours."""
 
     dataset: str = "folder"         # digits, fashion-mnist, cifar10, flowers102, animal-faces, imagenet
     data: str = "data"                      # folder with the data set's files; digits needs none
@@ -109,8 +105,7 @@ CIFAR10 = Preset(
     dataset="cifar10", image_size=32, patch_size=2, latent_dim=8,           # paper Sec. 3.1: L = 16 x 16 x 8
     encoder_size="large", decoder_size="large",                             # paper Sec. 3.1
     mixer_depth=2, pixel_head="conv",                                       # script; paper: 4 layers, no head
-    alpha_max=80.0, alpha_hard=85.0,                                        # paper C.2
-    weights=(1.0, 1.0, 0.5, 0.5, 0.1),                                      # script
+    alpha_max=80.0, alpha_hard=85.0, weights=(1.0, 1.0, 0.5, 0.5, 0.1),     # paper C.2; script
     epochs=5000, warmup=10 / 5000)                                          # paper Sec. 3.1; script
 ANIMAL_FACES = Preset(
     dataset="animal-faces", data="data/afhq", conditional=False,            # paper Sec. 3.2
@@ -125,15 +120,13 @@ IMAGENET = replace(
     epochs=800, warmup=5 / 800)                                             # paper Sec. 3.2; script
 # Little noise and no classes: a Sphere Encoder that serves as tokenizer. Of its losses only Eq. 7 is left.
 TOKENIZER = {"conditional": False, "alpha_max": 45.0, "alpha_hard": 0.0, "weights": (1.0, 0.0, 0.0, 0.0, 0.0)}
-# On the RAE's latents. The model card has the sizes of images and denoisers and the use of averaged weights,
-# our text of the paper the flips. All else is assumed: rates, EMA and batch are those of the RAE's authors
-# for their diffusion models, the epochs the Sphere Encoder's.
+# On the RAE's latents. Sizes and averaged weights: model card; flips: our text of the paper. Else assumed:
+# rates, EMA and batch of the RAE authors' diffusion models, the Sphere Encoder's epochs.
 RAE_LATENTS = Preset(
     tokenizer="rae", image_size=256, denoiser_size="B", alpha_max=85.0, weights=(1.0, 1.0, 1.0, 1.0, 0.0),
     batch_size=1024, lr=2e-4, min_lr=2e-5, ema=0.9995, use_ema=True, epochs=1000, warmup=10 / 1000)
 BASE = {"encoder_size": "base", "decoder_size": "base"}
-# Real 8x8 digits shown at 16x16. Sizes, rates and the weight of lat_con are ours, for minutes on a laptop;
-# the encoder is smaller than the decoder, because that leaves time for more iterations.
+# Real 8x8 digits at 16x16; ours, for minutes on a laptop: a small encoder leaves time for more iterations.
 DIGITS = Preset(
     dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16, encoder_size=(64, 1, 4),
     decoder_size=(96, 3, 4), mixer_depth=2, weights=(1.0, 0.0, 1.0, 0.0, 0.02), batch_size=32,
@@ -150,9 +143,7 @@ DIGITS_LATENT = Preset(
 FASHION = {"dataset": "fashion-mnist", "image_size": 32, "ema": 0.999}
 
 PRESETS = {
-    "digits": DIGITS,
-    "digits-tokenizer": DIGITS_TOKENIZER,
-    "digits-latent": DIGITS_LATENT,
+    "digits": DIGITS, "digits-tokenizer": DIGITS_TOKENIZER, "digits-latent": DIGITS_LATENT,
     "fashion-mnist": replace(DIGITS, **FASHION, latent_dim=8, decoder_size=(96, 4, 4), iterations=16_000,
                              lr=3e-3, warmup=200 / 16_000),
     "fashion-mnist-tokenizer": replace(DIGITS_TOKENIZER, **FASHION, decoder_size=(128, 3, 4), iterations=5000,
@@ -162,9 +153,7 @@ PRESETS = {
                                     warmup=200 / 16_000, weight_decay=0.0),
     "cifar10": CIFAR10,
     "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=10 / 10_000),   # paper App. D
-    "animal-faces": ANIMAL_FACES,
-    "flowers102": FLOWERS102,
-    "imagenet-l": IMAGENET,
+    "animal-faces": ANIMAL_FACES, "flowers102": FLOWERS102, "imagenet-l": IMAGENET,
     "imagenet-xl": replace(IMAGENET, encoder_size="xlarge", decoder_size="xlarge"),          # paper Sec. 3.2
     # The model of the paper's ablations, Sec. 6: L = 16^2 x 256. Assumed to share all else with imagenet-l.
     "imagenet-ablation": replace(IMAGENET, patch_size=16, latent_dim=256, epochs=200, warmup=5 / 200, **BASE),
@@ -217,8 +206,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     latents     npy file of a denoiser's LatentCache; out/latents.npy if the images are in memory, else none
 
     Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
-    KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came.
-    """
+    KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came."""
     out, (rank, world) = Path(out), process_rank()
     with process_group(device) as device, interruptible() as interrupted:
         stored = open_run(preset, out, seed, resume, world * accumulate)
@@ -259,10 +247,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
             sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
             e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
-            directions = None
-            if preset.swd_weight:                                                            # [L, M]
-                directions = torch.randn(L, min(L, 256), generator=seeded(seed, step, 3))
-                directions = orthogonal_directions(directions).to(device)
+            directions = None if not preset.swd_weight else orthogonal_directions(           # [L, M]
+                torch.randn(L, min(L, 256), generator=seeded(seed, step, 3))).to(device)
             x = images.to(device)
             y = torch.where(drawn["drop"], model.num_classes, labels.to(device))             # [4, B]
             if source is data:                                                               # [B, 3, H, W]
@@ -293,9 +279,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             means, stops = mean_over_window(window, done, interrupted)
             model.eval()
             if rank == 0:
-                line = {"step": done, **means, "lr": optimizer.param_groups[-1]["lr"]}
                 with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    lr = optimizer.param_groups[-1]["lr"]
+                    file.write(json.dumps({"step": done, **means, "lr": lr}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
             if rank == 0 and (done % save_every == 0 or ends or stops):
                 save(done)
@@ -348,8 +334,7 @@ def open_tokenizer(preset, out, seed, device, stored):
     if not path:
         return None
     if stored or path == "rae":
-        kept = stored["tokenizer"] if stored else path
-        return first_process_first(lambda: load_tokenizer(kept)).to(device)
+        return first_process_first(lambda: load_tokenizer(stored["tokenizer"] if stored else path)).to(device)
     if path in PRESETS:
         small = replace(PRESETS[path], data=preset.data, precision=preset.precision)
         path = train(small, out / "tokenizer", seed, (out / "tokenizer" / "last.pt").exists(), device)
@@ -412,8 +397,7 @@ def wrapped(model, preset, device, compile, activation_checkpointing):
     if distributed.is_initialized():
         if device.type == "cuda":                           # a batch norm, if any, sees the global batch
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        # The last argument says that no buffer needs a broadcast; newer versions of torch rename it.
-        warnings.filterwarnings("ignore", ".*broadcast_buffers")
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")        # the last argument; none needs it
         objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False)
     if compile:
         torch._dynamo.config.optimize_ddp = not activation_checkpointing        # some versions of torch fail
@@ -432,9 +416,8 @@ def learning_rate(preset, step, total):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Move the averaged weights towards the model's. The decay rises with the step (assumed: at 0.9997 from
-    the first step on, a short run's average would still be mostly its initial zero output)."""
-    decay = min(decay, (1 + step) / (10 + step))
+    """Move the averaged weights towards the model's."""
+    decay = min(decay, (1 + step) / (10 + step))        # assumed; else short runs keep initial zeros
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers()):             # statistics of a batch norm
@@ -459,17 +442,15 @@ def mean_over_window(window, done, interrupted):
 
 
 def write_checkpoint(path, model, preset, **more):
-    """Write what sampling needs, and more: beside, flushed to disk, renamed, so that at every moment a whole
-    checkpoint bears the name."""
+    """Write what sampling needs, and more: beside, then renamed, so that the name always has a whole file."""
     tokenizer, beside = getattr(model, "tokenizer", None), path.with_suffix(".tmp")
     if isinstance(tokenizer, SphereTokenizer):
         tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
-    elif tokenizer:
-        tokenizer = "rae"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(beside, "wb") as file:
         torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
-                    "tokenizer": tokenizer, "model": model.state_dict(), **more}, file)
+                    "tokenizer": "rae" if isinstance(tokenizer, RAE) else tokenizer,
+                    "model": model.state_dict(), **more}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -480,8 +461,8 @@ def keep_best(out, step, model, preset, rows):
     distance (or FID), is lower than ever at the last number of steps."""
     with open(out / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **rows}) + "\n")
-    row, columns = next(iter(rows.items()))
-    column = [name for name in columns if name.startswith("T")][-1]
+    row = next(iter(rows))
+    column = [name for name in rows[row] if name.startswith("T")][-1]
     scores = [json.loads(line)[row][column] for line in (out / "evaluations.jsonl").read_text().splitlines()]
     if scores[-1] == min(scores):
         write_checkpoint(out / "best.pt", model, preset)
@@ -492,38 +473,36 @@ def draw(path, model, data, columns=5, rows=10):
     """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses."""
     targets = torch.tensor(data.targets)
     classes = targets.unique()[:rows].tolist()
-    columns = min([columns] + [int((targets == c).sum()) for c in classes])
-    x = images_of(data, [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()])
-    x = to_float(x).to(next(model.parameters()).device)
+    columns = min(columns, *(int((targets == c).sum()) for c in classes))
+    places = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
+    x = to_float(images_of(data, places)).to(next(model.parameters()).device)
     y = torch.tensor(classes).repeat_interleave(columns) * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
-    names = [model.class_names[c] for c in classes] if model.num_classes else ()
-    picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}, names).save(path)
+    picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()},
+            [model.class_names[c] for c in classes if model.num_classes]).save(path)
 
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name in [name for name in lines[-1] if lines[-1][name] and name not in ("step", "grad_norm", "lr")]:
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.legend()
-    figure.savefig(path.parent / "losses.png", dpi=100)
+    axes.figure.savefig(path.parent / "losses.png", dpi=100)
     tqdm.write(f"{path}, {path.parent / 'losses.png'}")
 
 
 def seeded(*key):
     """A generator for a key of integers; a CPU generator of torch uses only 32 bits of a seed."""
-    return torch.Generator().manual_seed(int(SeedSequence(key).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def random_draws(preset, seed, step):
     """All random scalars of a training step, for the whole global batch: a function of (seed, step) alone.
 
     returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY)); of a denoiser,
-             in its two or three passes), sigma [B], sigma_sub [B], e_seed [B]
-    """
+             in its two or three passes), sigma [B], sigma_sub [B], e_seed [B]"""
     p, B, generator = preset, preset.batch_size, seeded(seed, 1, step)
     if p.tokenizer:
         sigma, sigma_sub = logit_normal_sigmas(B, p.alpha_max, *p.noise, p.mapping, generator)
@@ -547,17 +526,11 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
     """Yield, for every step, the data-set indices of a part of the global batch.
 
     The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of
-    step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped.
-    """
-    epoch = None
+    step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped."""
+    order = lru_cache(1)(lambda epoch: torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist())
     for step in steps:
-        batch = []
-        for position in range(step * batch_size, (step + 1) * batch_size)[mine]:
-            if position // size != epoch:
-                epoch = position // size
-                order = torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist()
-            batch.append(order[position % size])
-        yield batch
+        positions = range(step * batch_size, (step + 1) * batch_size)[mine]
+        yield [order(position // size)[position % size] for position in positions]
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -568,55 +541,45 @@ def load_data(preset):
 
     The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3
     channels. As in the paper, Flowers-102 and Animal-Faces train on all their images.
-    Raises OSError or ValueError that says what is wrong where.
-    """
+    Raises OSError or ValueError that says what is wrong where."""
     name, root, S = preset.dataset, Path(preset.data), preset.image_size
-    if name == "digits":                                    # 1,797 real ones of 8x8 pixels, in scikit-learn
-        from sklearn.datasets import load_digits
-        digits = load_digits()
-        images = torch.from_numpy(digits.images).float()[:, None] / 16                     # [1797, 1, 8, 8]
-        train, test = (in_memory(images[part], digits.target[part], S)
-                       for part in (slice(1500), slice(1500, None)))
-        return train, test, [str(name) for name in digits.target_names]
-    transform = image_transform(S)
+    transform, splits = image_transform(S), ("train", "val", "test")
     try:
-        if name == "fashion-mnist":
-            parts = [datasets.FashionMNIST(root, train, download=True) for train in (True, False)]
-            images = [F.pad(part.data[:, None] / 255, (2, 2, 2, 2)) for part in parts]
-        elif name == "cifar10":
-            parts = [datasets.CIFAR10(root, train, download=True) for train in (True, False)]
-            images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) / 255 for part in parts]
+        if name == "digits":                                # 1,797 real ones of 8x8 pixels, in scikit-learn
+            from sklearn.datasets import load_digits
+            digits = load_digits()
+            images, labels = torch.from_numpy(digits.images).float() / 16, digits.target
+            parts, names = [*zip(images.split([1500, 297]), np.split(labels, [1500]))], list("0123456789")
+        elif name in ("fashion-mnist", "cifar10"):
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.FashionMNIST
+            sets = [kind(root, train, download=True) for train in (True, False)]
+            parts, names = [(torch.as_tensor(x.data) / 255, x.targets) for x in sets], sets[0].classes
         elif name == "flowers102":
-            parts = [datasets.Flowers102(root, split, transform, download=True)
-                     for split in ("train", "val", "test")]
-            return joined(parts, [part._labels for part in parts]), None, [str(k) for k in range(1, 103)]
+            parts = [datasets.Flowers102(root, split, transform, download=True) for split in splits]
+            targets, names = [part._labels for part in parts], [str(k) for k in range(1, 103)]
         else:
-            folders = [root / split for split in ("train", "val", "test") if (root / split).is_dir()]
+            folders = [root / split for split in splits if (root / split).is_dir()][:2]
             folders = folders if (root / "train").is_dir() else [root]
             parts = [datasets.ImageFolder(folder, transform, loader=read_image) for folder in folders]
+            targets, names = [part.targets for part in parts], parts[0].classes
+            if parts[-1].classes != names or preset.conditional and len(names) < 2:
+                raise ValueError(f"{root}: its training images have the classes {names}, its held-out ones "
+                                 f"{parts[-1].classes}; a single class trains with --no-conditional")
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{root}: {name} can be neither read nor downloaded ({reason}); what --data must hold "
-                      f"says the README, \"At the paper's scale\"") from None
-    names = parts[0].classes
-    if name in ("fashion-mnist", "cifar10"):
-        return *(in_memory(pixels, part.targets, S) for pixels, part in zip(images, parts)), names
-    if parts[-1].classes != names or preset.conditional and len(names) < 2:
-        raise ValueError(f"{root}: its training images have the classes {names}, its held-out ones "
-                         f"{parts[-1].classes}; a single class trains with --no-conditional")
-    if name == "animal-faces":
-        return joined(parts[:2], [part.targets for part in parts[:2]]), None, names
+        raise OSError(f"{root}: {name} can be neither read nor downloaded ({str(error).splitlines()[0]}); "
+                      f"what --data must hold says the README, \"At the paper's scale\"") from None
+    if isinstance(parts[0], tuple):
+        return *(in_memory(*part, S) for part in parts), names
+    if name in ("flowers102", "animal-faces"):
+        parts = [ConcatDataset(parts)]
+        parts[0].targets = sum(map(list, targets), [])
     return parts[0], parts[1] if parts[1:] else None, names
 
 
-def joined(parts, targets):
-    data = ConcatDataset(parts)
-    data.targets = sum(map(list, targets), [])
-    return data
-
-
 def in_memory(images, targets, size):
-    """Images [B, 1 or 3, H, W] in [0, 1] -> data set of uint8 [3, size, size]; resized bilinearly."""
+    """Images [B, H, W] or [B, H, W, 3] in [0, 1] -> data set of uint8 [3, size, size]; resized bilinearly."""
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    images = F.pad(images, (2, 2, 2, 2)) if images.shape[-1] == 28 else images              # a frame of 32x32
     images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < images.shape[-1])
     data = TensorDataset(to_uint8(images).expand(-1, 3, -1, -1), torch.as_tensor(targets))
     data.targets = data.tensors[1].tolist()
@@ -627,8 +590,7 @@ class LatentCache(Dataset):
     """Latents of all images, and of their mirror images if they are mirrored, in an npy file; made if absent.
 
     An item is (z [1 or 2, N, d], class). The file is opened by its path in every process that reads it.
-    Raises ValueError naming the file, if its first and last latents are not those of tokenizer and images.
-    """
+    Raises ValueError naming the file, if its first and last latents are not those of tokenizer and images."""
 
     def __init__(self, path, data, tokenizer, flip, device, workers=0):
         self.path, self.targets = Path(path), data.targets
@@ -641,22 +603,19 @@ class LatentCache(Dataset):
         if not self.path.exists():
             beside = self.path.with_name(f"{self.path.name}.{uuid4().hex}.tmp")
             beside.parent.mkdir(parents=True, exist_ok=True)
-            latents, place = np.lib.format.open_memmap(beside, "w+", np.float32, shape), 0
-            for images, _ in tqdm(DataLoader(data, 64, num_workers=workers, generator=seeded(0)), "latents",
-                                  disable=process_rank()[0] > 0 or None):
-                latents[place:place + len(images)] = encoded(images)
-                place += len(images)
+            latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+            loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0))
+            for i, (images, _) in enumerate(tqdm(loader, "latents", disable=process_rank()[0] > 0 or None)):
+                latents[64 * i:64 * i + 64] = encoded(images)
             latents.flush()
             os.replace(beside, self.path)
-        try:
+        with contextlib.suppress(ValueError, EOFError):     # of a damaged file
             stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
             again = encoded(images_of(data, ends))
-            same = stored.shape == shape and np.allclose(stored[ends], again, atol=0.02)
-        except (ValueError, EOFError):                      # damaged
-            same = False
-        if not same:
-            raise ValueError(f"{self.path} is not of this tokenizer and these images, or damaged; delete it, "
-                             f"or name another file: --latents")
+            if stored.shape == shape and np.allclose(stored[ends], again, atol=0.02):
+                return
+        raise ValueError(f"{self.path} is not of this tokenizer and these images, or damaged; delete it, or "
+                         f"name another file: --latents")
 
     @cached_property
     def latents(self):
@@ -700,8 +659,7 @@ def process_group(device):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
     if joins:       # others wait while the first one downloads or saves; NCCL's 10 minutes can be too few
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=2))
+        distributed.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"), timeout=timedelta(hours=2))
     try:
         yield device
     finally:
@@ -710,8 +668,7 @@ def process_group(device):
 
 
 def first_process_first(action):
-    """What an action returns. The first process of each machine goes ahead: it downloads or writes what the
-    others then find."""
+    """What an action returns; one process of each machine goes ahead and writes what the others then find."""
     for first in (True, False):
         if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
             result = action()
@@ -731,12 +688,10 @@ def interruptible():
         if len(came) > 1 and "RANK" not in os.environ:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as restored:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            restored.callback(signal.signal, number, signal.signal(number, on_signal))
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -744,8 +699,7 @@ def interruptible():
 
 def evaluate(path, seed=0, data=None, device=None, **options):
     """quality() of a checkpoint; data is the folder of the data set, if it is not where it was then."""
-    preset = Preset(**read_checkpoint(path)["preset"])
-    preset = replace(preset, data=data or preset.data)
+    preset = Preset(**read_checkpoint(path)["preset"] | ({"data": data} if data else {}))
     with process_group(device) as device:
         model = first_process_first(lambda: load(path, device))
         train_set, held_out, names = first_process_first(lambda: load_data(preset))
@@ -767,14 +721,13 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of reconstructed
                training images (rFID); of pixels, judged right, the share of images whose class an SVC trained
                on the real ones reads, and nearest, the median distance to the nearest real image over that of
-               the held-out ones, well below 1 if images were memorised
-    """
+               the held-out ones, well below 1 if images were memorised"""
     steps = (steps,) if isinstance(steps, int) else steps
     if count < 5 or min(steps) < 1 or features not in FEATURES:
         raise ValueError(f"--count must be at least 5, --steps at least 1, --features one of {FEATURES}, got "
                          f"{count}, {steps} and {features}")
     device, K, pixels = next(model.parameters()).device, max(model.num_classes, 1), features == "pixels"
-    network, seconds, rows = feature_network(features, device), {}, defaultdict(dict)
+    network, seconds, rows = feature_network(features, device), {}, {}
     places = some(train_set, 10_000 if pixels else 50_000)
     if pixels and all((x == x[:1]).all() for x in images_of(train_set, places[:100])):      # without colour
         network = lambda x: (pixel_features(x, grey=True),)
@@ -795,25 +748,24 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     def again(data, part):
         return reconstruct(model, to_float(images_of(data, part)).to(device)).cpu()
 
-    sample(steps[0], [0])                                   # what the first call prepares is not timed
-    seconds.clear()
+    sampler(model)(model, [0], steps[0], cfg, first=0, **sampling)      # what it prepares is not to be timed
     real = (load_statistics(reference, features) if reference
             else extracted(places, partial(images_of, train_set)))
     columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
-    labels = dict.fromkeys(columns, [i % K for i in range(count)])
     if held_out:
         columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
-        labels["real held-out"] = held_out.targets
     for column, images in columns.items():
         for row, value in compare(images, real, features).items():
-            rows[row][column] = value
+            rows.setdefault(row, {})[column] = value
     if not pixels:
         again_8_bits = extracted(places, lambda part: to_uint8((again(train_set, part) + 1) / 2))
-        rows["rFID"]["training set"] = compare(again_8_bits, real, features)["FID"]
+        rows["rFID"] = {"training set": compare(again_8_bits, real, features)["FID"]}
     elif not reference:
         from sklearn.svm import SVC
         if model.num_classes:
             judge = SVC(gamma="scale", C=10).fit(real.features, [train_set.targets[i] for i in places])
+            labels = dict.fromkeys(columns, [i % K for i in range(count)])
+            labels |= {"real held-out": held_out.targets} if held_out else {}
             rows["judged right"] = {T: judge.score(x.features, labels[T]) for T, x in columns.items()}
         nearest = {T: nearest_neighbours(x.features, real.features)[0].quantile(0.5).item()
                    for T, x in columns.items()}
@@ -821,9 +773,9 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     if held_out:
         error = gathered(range(len(held_out)), lambda part: (
             again(held_out, part) - to_float(images_of(held_out, part))).square().mean((1, 2, 3)))
-        rows["reconstruction MSE"]["real held-out"] = error.mean().item()
+        rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
     rows["ms per image"] = {f"T = {T}": 1000 * np.mean(seconds.get(T, [math.nan])) for T in steps}
-    return dict(rows)
+    return rows
 
 
 def gathered(places, rows_of, batch=100):
@@ -857,8 +809,8 @@ def list_presets():
     for name, preset in PRESETS.items():
         model, encode, denoise, decode = cost(preset)
         totals[name] = [T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in steps]
-        (N, d), numbers = model.latent_shape, sum(p.numel() for p in model.parameters())
-        print(form(name, preset.image_size, N, N * d, f"{numbers:,}",
+        print(form(name, preset.image_size, model.latent_shape[0], math.prod(model.latent_shape),
+                   f"{sum(p.numel() for p in model.parameters()):,}",
                    *(f"{flops:.5g}" for flops in (encode, denoise, decode, *totals[name]))))
     quotients = [se / sle for se, sle in zip(totals["imagenet-xl"], totals["imagenet-latent"])]
     print(form("imagenet-xl / -latent", *[""] * 7, *(f"{quotient:.2f}" for quotient in quotients)))
@@ -892,6 +844,7 @@ def documented(function):
             if name in lines and p.default != p.empty}
 
 
+@errors_in_one_line("train.py")
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     name = next((after for word, after in zip(argv, argv[1:]) if word == "--preset"), "digits")
@@ -910,26 +863,22 @@ def main(argv=None):
                            (f"settings; in brackets those of {name}", settings)):
         group = parser.add_argument_group(title)
         for option, (kind, default, text) in options.items():
-            how = {"type": kind if kind in (int, float, str) else literal, "metavar": "X"}
             how = {bool: {"action": argparse.BooleanOptionalAction},
-                   dict: {"type": name_value, "nargs": "+", "metavar": "NAME=VALUE"}}.get(kind, how)
+                   dict: {"type": name_value, "nargs": "+", "metavar": "NAME=VALUE"}}.get(
+                       kind, {"type": kind if kind in (int, float, str) else literal, "metavar": "X"})
             group.add_argument("--" + option.replace("_", "-"), help=f"{text} ({default})", **how)
-    with errors_in_one_line("train.py"):
-        run(vars(parser.parse_args(argv)))
 
-
-def run(given):
-    """Do what the options say that were given."""
+    given = vars(parser.parse_args(argv))                   # only what was given
     changes, judged = ({option: given.pop(option) for option in options if option in given}
-                       for options in ([f.name for f in fields(Preset)], documented(quality)))
+                       for options in (settings, documented(quality)))
     if "sampling" in changes:
         changes["sampling"] = dict(changes["sampling"])
     name = given.pop("preset", None)
-    settings, out = PRESETS[name or "digits"], given.pop("out", Path("out", name or "digits"))
+    preset, out = PRESETS[name or "digits"], given.pop("out", Path("out", name or "digits"))
     if given.pop("list", False):
         list_presets()
     elif folder := given.pop("export", None):
-        export(replace(settings, **changes), folder, judged.get("count"))
+        export(replace(preset, **changes), folder, judged.get("count"))
     elif path := given.pop("evaluate", None):
         if wrong := {*changes, *given} - {"sampling", "data", "seed", "device"}:
             raise ValueError(f"--evaluate takes its settings from the checkpoint; drop {min(wrong)}")
@@ -945,11 +894,11 @@ def run(given):
     else:
         if given.get("resume") and (out / "last.pt").exists():
             stored = read_checkpoint(out / "last.pt", "optimizer")
-            settings = settings if name else Preset(**stored["preset"])
+            preset = preset if name else Preset(**stored["preset"])
             given.setdefault("seed", stored["seed"])
         elif changes.keys() & {"epochs", "iterations"}:     # the length given replaces the preset's
             changes = {"epochs": 0.0, "iterations": 0} | changes
-        train(replace(settings, **changes), out, **given, evaluation=judged)
+        train(replace(preset, **changes), out, **given, evaluation=judged)
 
 
 if __name__ == "__main__":
