@@ -741,7 +741,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     def sample(T, part):
         began = time.perf_counter()
         x = sampler(model)(model, [i % K for i in part], T, cfg, seed=seed, first=part[0], **sampling)
-        x = to_uint8((x + 1) / 2, (sampler(model).keywords | sampling).get("official", False)).cpu()
+        x = to_uint8((x + 1) / 2, {**model.sampling, **sampling}.get("official", False)).cpu()
         seconds.setdefault(T, []).append((time.perf_counter() - began) / len(part))
         return x
 
