@@ -115,12 +115,9 @@ def nearest_neighbours(x, real, k=1):
 
 def pixel_features(images, grey=False):
     """Images uint8 [n, 3, H, W] -> float64 [n, D] in [-1, 1], grey if asked, averaged to 16x16 if larger."""
-    features = []
-    for part in images.split(256):
-        x = part.double() / 127.5 - 1
-        x = x.mean(1, keepdim=True) if grey else x
-        features.append(F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1))
-    return torch.cat(features)
+    x = images.double() / 127.5 - 1
+    x = x.mean(1, keepdim=True) if grey else x
+    return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
 
 
 # ---- Statistics --------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ are the parameters' names, but for those that the converters at the end translat
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from spherify import angle_to_sigma, at_least_float32, spherify
 
@@ -227,10 +229,10 @@ class ConvHead(nn.Module):
 class Block(nn.Module):
     """Pre-norm block of attention and MLP, AdaLN-Zero if conditional: the identity at initialisation."""
 
-    def __init__(self, width, attn, mlp, conditional):
+    def __init__(self, width, attn, mlp, conditional, norm=partial(nn.RMSNorm, eps=NORM_EPS)):
         super().__init__()
-        self.norm1, self.attn = nn.RMSNorm(width, eps=NORM_EPS), attn
-        self.norm2, self.mlp = nn.RMSNorm(width, eps=NORM_EPS), mlp
+        self.norm1, self.attn = norm(width), attn
+        self.norm2, self.mlp = norm(width), mlp
         if conditional:
             self.adaLN_modulation = AdaLN(width, 6)
 
@@ -380,7 +382,9 @@ class SiT(Transformer):
         self.latent_shape = (grid[0] * grid[1], token_dim)                            # (N, d)
         self.x_embedder = nn.Linear(token_dim, width)
         self.y_embedder = ClassTable(num_classes, width)
-        self.blocks = nn.ModuleList([SiTBlock(width, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([
+            Block(width, SeparateAttention(width, heads, bias=False, qk_norm=True),
+                  MLP(width, 4 * width, approximate="tanh"), conditional=True) for _ in range(depth)])
         self.final_layer = ModulatedLinear(width, token_dim, conditional=True)
         self.initialize(self.final_layer.linear)
 
@@ -405,18 +409,10 @@ class SiT(Transformer):
         return at_least_float32(self.final_layer(x, c))
 
 
-class SiTBlock(Block):
-    """The denoiser's block: normalised queries and keys, no biases in attention, GELU, always AdaLN-Zero."""
-
-    def __init__(self, width, heads):
-        attn = SeparateAttention(width, heads, bias=False, qk_norm=True)
-        super().__init__(width, attn, MLP(width, 4 * width, approximate="tanh"), conditional=True)
-
-
 class SeparateAttention(nn.Module):
     """Self-attention whose queries, keys and values have a Linear each; with qk_norm, an RMSNorm per head."""
 
-    def __init__(self, width, heads, bias, qk_norm):
+    def __init__(self, width, heads, bias, qk_norm=False):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=bias) for _ in range(4))
@@ -521,31 +517,21 @@ class RAEDecoder(Transformer):
         self.patch_size, self.grid, self.latent_shape = patch_size, grid, (grid**2, token_dim)
         self.embed = nn.Linear(token_dim, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.blocks = nn.ModuleList([RAEBlock(width, heads, mlp_hidden) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-12)
+        norm = partial(nn.LayerNorm, eps=1e-12)
+        self.blocks = nn.ModuleList([
+            Block(width, SeparateAttention(width, heads, bias=True), MLP(width, mlp_hidden), False, norm)
+            for _ in range(depth)])
+        self.norm = norm(width)
         self.pred = nn.Linear(width, 3 * patch_size**2)
 
     def forward(self, tokens):
         x = torch.cat([self.class_token.expand(len(tokens), -1, -1), self.embed(tokens)], dim=1)
         x = x + self.pos_embed                                                              # [B, 1 + N, D]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, None)
         x = self.pred(self.norm(x))[:, 1:]                                                  # [B, N, P P 3]
         x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, 3))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                         # [B, 3, H, W]
-
-
-class RAEBlock(nn.Module):
-    def __init__(self, width, heads, mlp_hidden):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.attn = SeparateAttention(width, heads, bias=True, qk_norm=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-12)
-        self.mlp = MLP(width, mlp_hidden)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class SphereTokenizer(nn.Module):
@@ -617,6 +603,43 @@ def _size(size, named):
     return size
 
 
+# ---- Building ----------------------------------------------------------------------------------------------
+
+
+def build_model(preset, class_names, latent_shape=None):
+    """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer."""
+    p, class_names = preset, class_names if preset.conditional else []
+    if p.tokenizer:
+        model = SiT(*latent_shape, len(class_names), p.denoiser_size, p.alpha_max)
+    else:
+        model = SphereEncoder(p.image_size, p.patch_size, p.latent_dim, len(class_names), p.encoder_size,
+                              p.decoder_size, p.mixer_depth, p.pixel_head, p.alpha_max, p.encoder_classes,
+                              p.batch_norm)
+    model.class_names = class_names
+    return model
+
+
+def cost(preset, coder_preset=None):
+    """The network of a preset, without weights, and GFLOPs of one image: of its encoding (0 for an RAE, which
+    encodes only to train), denoising (0 in a Sphere Encoder) and decoding, and of its sampling in T steps.
+    2 for every multiply-add. coder_preset is that of a denoiser's tokenizer, unless it is an RAE."""
+    def flops(call, *shape):
+        with FlopCounterMode(display=False) as counter:
+            call(torch.empty(1, *shape))
+        return counter.get_total_flops() / 1e9
+
+    rae = preset.tokenizer == "rae"
+    classes = range({"flowers102": 102, "animal-faces": 3, "imagenet": 1000}.get(preset.dataset, 10))
+    with torch.device("meta"):
+        coder = RAEDecoder(**RAE_DECODER_SIZE) if rae else build_model(coder_preset or preset, classes)
+        model = build_model(preset, classes, coder.latent_shape) if preset.tokenizer else coder
+        encode = 0 if rae else flops(coder.encode, 3, *coder.image_size)
+        denoise = flops(model, *model.latent_shape) if preset.tokenizer else 0
+        decode = flops(coder if rae else coder.decode, *coder.latent_shape)
+    return model, {"encode": encode, "denoise": denoise, "decode": decode} | {
+        f"T = {T}": T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in (1, 2, 4, 6)}
+
+
 # ---- Released weights --------------------------------------------------------------------------------------
 # Only names are translated here; load_state_dict then names every key that is missing, unknown or misshapen.
 
@@ -633,19 +656,15 @@ def convert_official(state_dict):
 def convert_official_config(cfg):
     """The dictionary in a released cfg.json -> keyword arguments of SphereEncoder.
 
-    Raises ValueError for a missing key, and for an option without weights that the paper does not use.
+    Raises KeyError for a missing key, ValueError for an option without weights that the paper does not use.
     """
     if cfg.get("spherify_model"):
         raise ValueError("its spherify_model is set, which no released model has")
-    try:
-        return dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"],
-                    latent_dim=cfg["token_channels"],
-                    num_classes=cfg["num_classes"] if cfg["cond_generator"] else 0,
-                    encoder_size=cfg["vit_enc_model_size"], decoder_size=cfg["vit_dec_model_size"],
-                    mixer_depth=cfg["vit_enc_latent_mlp_mixer_depth"], pixel_head=cfg["pixel_head_type"],
-                    alpha_max=float(cfg["noise_sigma_max_angle"]))
-    except KeyError as error:
-        raise ValueError(f"its key {error} is missing") from None
+    return dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"], latent_dim=cfg["token_channels"],
+                num_classes=cfg["num_classes"] if cfg["cond_generator"] else 0,
+                encoder_size=cfg["vit_enc_model_size"], decoder_size=cfg["vit_dec_model_size"],
+                mixer_depth=cfg["vit_enc_latent_mlp_mixer_depth"], pixel_head=cfg["pixel_head_type"],
+                alpha_max=float(cfg["noise_sigma_max_angle"]))
 
 
 def convert_rae_decoder(state_dict):

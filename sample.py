@@ -1,7 +1,7 @@
 """Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1, C.6; SLE 4.4.
 
     python sample.py --checkpoint out/digits/model.pt --out out/sevens --classes 7 --cfg 1.5 --singles
-    python sample.py interpolate --out out/lines --classes 3 8 --frames 9 --gif
+    python sample.py interpolate --out out/lines --classes 3 8 --frames 9
     python sample.py crossover --out out/cross --images a.png b.png --mask diagonal
 """
 
@@ -9,6 +9,8 @@ import argparse
 import ast
 import json
 import math
+import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -204,16 +206,29 @@ def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
 
+def write_checkpoint(path, model, preset, **more):
+    """Write what sampling needs, and more: beside, then renamed, so that the name always has a whole file."""
+    tokenizer, beside = getattr(model, "tokenizer", None), path.with_suffix(".tmp")
+    if isinstance(tokenizer, SphereTokenizer):
+        tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(beside, "wb") as file:
+        torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
+                    "tokenizer": "rae" if isinstance(tokenizer, RAE) else tokenizer,
+                    "model": model.state_dict(), **more}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
 def read_checkpoint(path, key="config"):
-    """The dictionary in a checkpoint; its tensors stay on disk until they are used. Raises OSError or
-    ValueError, naming the path, if it is missing, damaged or lacks the key."""
+    """The dictionary in a checkpoint; its tensors stay on disk until they are used. Raises ValueError, naming
+    the path, if it is missing, damaged or lacks the key."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: checkpoint[key], **checkpoint}
-    except FileNotFoundError:                               # names it already
-        raise
     except Exception as error:                              # torch.load knows a dozen kinds
-        raise ValueError(f"{path}: not a checkpoint of train.py, nor of the official code with its cfg.json, "
+        raise ValueError(f"{path}: no checkpoint of train.py, nor of the official code with its cfg.json, "
                          f"--config ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
@@ -230,8 +245,8 @@ def load(path, device="cpu", ema=None, config=None):
         key = "ema_model" if ema else "model"
         try:
             settings = convert_official_config(json.loads(Path(config).read_text()))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{config}: not a cfg.json of the official code ({error})") from None
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{config}: not a cfg.json of the official code ({error!r})") from None
         weights = convert_official(read_checkpoint(path, key)[key])
         names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
     else:
@@ -367,7 +382,6 @@ def main(argv=None):
     add("--batch-size", type=int, default=100, help="generate: images at a time (%(default)s)")
     add("--way", choices=("line", "circle", "square"), default="line", help="interpolate: (%(default)s)")
     add("--frames", type=int, default=8, help="interpolate: images per line, or side (%(default)s)")
-    add("--gif", action="store_true", help="interpolate: also as an animation")
     add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
     add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
         "image is taken (%(default)s)")
@@ -420,10 +434,6 @@ def draw_interpolations(args, model, how):
     x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, spherical=args.way == "circle",
                                first=k, **how) for k in range(0, len(y), corners)])     # [rows * F, 3, H, W]
     write_singles(args, x)
-    if args.gif:
-        first, *rest = (to_pil(image, max(1, round(96 / max(model.image_size)))) for image in x)
-        args.out.mkdir(parents=True, exist_ok=True)
-        first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
     return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))}, []
 
 

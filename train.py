@@ -8,6 +8,7 @@
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import inspect
@@ -31,7 +32,6 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -39,10 +39,10 @@ from fid import (FEATURES, Extracted, FeatureStatistics, compare, errors_in_one_
                  load_statistics, nearest_neighbours, pixel_features, read_image, to_uint8)
 from losses import (DISTANCES, orthogonal_directions, perceptual_distance, sphere_encoder_loss,
                     sphere_latent_loss)
-from models import RAE, RAE_DECODER_SIZE, Block, RAEDecoder, SiT, SphereEncoder, SphereTokenizer
+from models import Block, SiT, SphereEncoder, SphereTokenizer, build_model, cost
 from sample import (image_transform, literal, load, load_tokenizer, name_value, pick_device, picture,
-                    read_checkpoint, reconstruct, sampler, to_float, to_pil)
-from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
+                    read_checkpoint, reconstruct, sampler, to_float, to_pil, write_checkpoint)
+from spherify import gaussian, logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4
 HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
@@ -118,8 +118,6 @@ IMAGENET = replace(
     ANIMAL_FACES, dataset="imagenet", data="data/imagenet", conditional=True,
     latent_dim=64, weights=(50.0, 1.0, 25.0, 1.0, 0.1),                     # paper: L = 32^2 x 64; script
     epochs=800, warmup=5 / 800)                                             # paper Sec. 3.2; script
-# Little noise and no classes: a Sphere Encoder that serves as tokenizer. Of its losses only Eq. 7 is left.
-TOKENIZER = {"conditional": False, "alpha_max": 45.0, "alpha_hard": 0.0, "weights": (1.0, 0.0, 0.0, 0.0, 0.0)}
 # On the RAE's latents. Sizes and averaged weights: model card; flips: our text of the paper. Else assumed:
 # rates, EMA and batch of the RAE authors' diffusion models, the Sphere Encoder's epochs.
 RAE_LATENTS = Preset(
@@ -131,10 +129,12 @@ DIGITS = Preset(
     dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16, encoder_size=(64, 1, 4),
     decoder_size=(96, 3, 4), mixer_depth=2, weights=(1.0, 0.0, 1.0, 0.0, 0.02), batch_size=32,
     iterations=2200, lr=4e-3, min_lr=1e-5, warmup=50 / 2200, encoder_lr_scale=1.0, ema=0.99, use_ema=True)
-# Four tokens of 8x8 pixels: a quarter of the work of 4x4 ones, and a smoother latent space.
+# A Sphere Encoder that serves as tokenizer: no classes, little noise, of the losses Eq. 7 alone; and four
+# tokens of 8x8 pixels, for a quarter of the work of 4x4 ones and a smoother latent space.
 DIGITS_TOKENIZER = replace(
-    DIGITS, **TOKENIZER, patch_size=8, latent_dim=32, encoder_size=(96, 1, 4), decoder_size=(96, 2, 4),
-    batch_size=64, iterations=2000, warmup=50 / 2000)
+    DIGITS, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0),
+    patch_size=8, latent_dim=32, encoder_size=(96, 1, 4), decoder_size=(96, 2, 4), batch_size=64,
+    iterations=2000, warmup=50 / 2000)
 DIGITS_LATENT = Preset(
     dataset="digits", image_size=16, flip=False, tokenizer="digits-tokenizer", denoiser_size=(128, 4, 4),
     alpha_max=81.0, noise=(-1.0, 1.5), weights=(1.0, 1.0, 1.0, 1.0, 0.0), batch_size=64, iterations=1600,
@@ -174,9 +174,11 @@ PRESETS |= {f"{name}-base": replace(preset, **BASE, perceptual="lpips+convnext",
 class Objective(nn.Module):
     """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile."""
 
-    def __init__(self, model, perceptual, preset):
+    def __init__(self, model, preset):
         super().__init__()
-        self.model, self.perceptual, self.preset = model, perceptual, preset
+        self.model, self.preset = model, preset
+        sees = not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3])
+        self.perceptual = perceptual_distance(preset.perceptual) if sees else None
 
     def forward(self, x, y, sigma, sigma_sub, e, directions=None):
         """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
@@ -207,8 +209,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
 
     Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
     KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came."""
-    out, (rank, world) = Path(out), process_rank()
-    with process_group(device) as device, interruptible() as interrupted:
+    out, device, (rank, world) = Path(out), start_process(device), process_rank()
+    with interruptible() as interrupted:
         stored = open_run(preset, out, seed, resume, world * accumulate)
         data, held_out, class_names = first_process_first(lambda: load_data(preset))
         in_memory = isinstance(data, TensorDataset)
@@ -283,9 +285,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     lr = optimizer.param_groups[-1]["lr"]
                     file.write(json.dumps({"step": done, **means, "lr": lr}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
-            if rank == 0 and (done % save_every == 0 or ends or stops):
-                save(done)
-                draw(out / f"samples-{done:06d}.png", sampled, held_out or data)
+                if done % save_every == 0 or ends or stops:
+                    save(done)
+                    draw(out / f"samples-{done:06d}.png", sampled, held_out or data)
             if evaluate_every and (done % judge_every == 0 or ends):
                 rows = quality(sampled, data, held_out, **evaluation or {})             # on all processes
                 if rank == 0:
@@ -308,8 +310,7 @@ def open_run(preset, out, seed, resume, parts):
     if p.batch_norm and parts > 1 and not torch.cuda.is_available():
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes on a CPU")
     if len(p.weights) != 5 or p.distance not in DISTANCES or not p.epochs and not p.iterations:
-        raise ValueError(f"a training needs five --weights, a --distance of {', '.join(DISTANCES)}, and "
-                         f"--epochs or --iterations")
+        raise ValueError(f"need five --weights, a --distance in {[*DISTANCES]}, and --epochs or --iterations")
     random_draws(p, seed, 0)                                # refuses angles and noise that cannot be
     if not resume and any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
         raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
@@ -372,28 +373,12 @@ def build(preset, class_names, tokenizer, seed, device, stored, images):
     return model, ema, optimizer
 
 
-def build_model(preset, class_names, latent_shape=None):
-    """A preset's network; latent_shape (N, d) is that of a denoiser's tokenizer."""
-    p, class_names = preset, class_names if preset.conditional else []
-    if p.tokenizer:
-        model = SiT(*latent_shape, len(class_names), p.denoiser_size, p.alpha_max)
-    else:
-        model = SphereEncoder(p.image_size, p.patch_size, p.latent_dim, len(class_names), p.encoder_size,
-                              p.decoder_size, p.mixer_depth, p.pixel_head, p.alpha_max, p.encoder_classes,
-                              p.batch_norm)
-    model.class_names = class_names
-    return model
-
-
 def wrapped(model, preset, device, compile, activation_checkpointing):
     """The Objective of a model, in the wrappers of several processes and of torch.compile."""
     for block in model.modules():
         if activation_checkpointing and isinstance(block, Block):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    perceptual = None
-    if not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3]):
-        perceptual = first_process_first(lambda: perceptual_distance(preset.perceptual))
-    objective = Objective(model, perceptual, preset).to(device)
+    objective = first_process_first(lambda: Objective(model, preset)).to(device)
     if distributed.is_initialized():
         if device.type == "cuda":                           # a batch norm, if any, sees the global batch
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
@@ -441,21 +426,6 @@ def mean_over_window(window, done, interrupted):
     return dict(zip(names, means)), stops > 0
 
 
-def write_checkpoint(path, model, preset, **more):
-    """Write what sampling needs, and more: beside, then renamed, so that the name always has a whole file."""
-    tokenizer, beside = getattr(model, "tokenizer", None), path.with_suffix(".tmp")
-    if isinstance(tokenizer, SphereTokenizer):
-        tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside, "wb") as file:
-        torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
-                    "tokenizer": "rae" if isinstance(tokenizer, RAE) else tokenizer,
-                    "model": model.state_dict(), **more}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def keep_best(out, step, model, preset, rows):
     """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet
     distance (or FID), is lower than ever at the last number of steps."""
@@ -473,8 +443,7 @@ def draw(path, model, data, columns=5, rows=10):
     """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses."""
     targets = torch.tensor(data.targets)
     classes = targets.unique()[:rows].tolist()
-    columns = min(columns, *(int((targets == c).sum()) for c in classes))
-    places = [place for c in classes for place in (targets == c).nonzero()[:columns, 0].tolist()]
+    places = [place for c in classes for place in (targets == c).nonzero()[:, 0].repeat(columns)[:columns]]
     x = to_float(images_of(data, places)).to(next(model.parameters()).device)
     y = torch.tensor(classes).repeat_interleave(columns) * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
@@ -513,13 +482,6 @@ def random_draws(preset, seed, step):
             "drop": torch.rand(4, B, generator=generator) < CLASS_DROPOUT,
             "sigma": sigma, "sigma_sub": sigma_sub,
             "e_seed": torch.randint(2**63 - 1, (B,), generator=generator)}
-
-
-def gaussian(seeds, shape, device):
-    """Training noise e [len(seeds), *shape], drawn on the device, each sample from a seed of its own."""
-    generator = torch.Generator(device)
-    return torch.stack([torch.randn(shape, device=device, generator=generator.manual_seed(seed))
-                        for seed in seeds.tolist()])
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
@@ -629,8 +591,7 @@ class LatentCache(Dataset):
 
 
 def export(preset, out, count=None):
-    """Write images of a data set, at most `count` of each part, as OUT/train/CLASS/000012.png and, held-out
-    ones, OUT/val/CLASS/...; the number is the image's place."""
+    """Write images, at most `count` of each part, as OUT/train/CLASS/PLACE.png and, held out, OUT/val/..."""
     *parts, class_names = load_data(preset)
     for part, data in zip(("train", "val"), parts):
         for place in tqdm(some(data, count) if data else (), part, disable=None):
@@ -648,23 +609,18 @@ def process_rank():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@contextlib.contextmanager
-def process_group(device):
-    """Join the other processes of torchrun, if any and not yet done; yields this process's device."""
-    joins = process_rank()[1] > 1 and not distributed.is_initialized()      # a tokenizer's is within another
-    if joins and device in (None, "cuda") and torch.cuda.is_available():
+def start_process(device):
+    """Join the other processes of torchrun, if any and not yet done; returns this process's device."""
+    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"         # one process per GPU
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
-    if joins:       # others wait while the first one downloads or saves; NCCL's 10 minutes can be too few
+    if process_rank()[1] > 1 and not distributed.is_initialized():      # NCCL's 10 minutes can be too few
         distributed.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"), timeout=timedelta(hours=2))
-    try:
-        yield device
-    finally:
-        if joins:
-            distributed.destroy_process_group()
+        atexit.register(distributed.destroy_process_group)
+    return device
 
 
 def first_process_first(action):
@@ -700,12 +656,12 @@ def interruptible():
 def evaluate(path, seed=0, data=None, device=None, **options):
     """quality() of a checkpoint; data is the folder of the data set, if it is not where it was then."""
     preset = Preset(**read_checkpoint(path)["preset"] | ({"data": data} if data else {}))
-    with process_group(device) as device:
-        model = first_process_first(lambda: load(path, device))
-        train_set, held_out, names = first_process_first(lambda: load_data(preset))
-        if preset.conditional and names != model.class_names:
-            raise ValueError(f"{path} was trained on the classes {model.class_names}, the data have {names}")
-        return quality(model, train_set, held_out, seed=seed, **options)
+    device = start_process(device)
+    model = first_process_first(lambda: load(path, device))
+    train_set, held_out, names = first_process_first(lambda: load_data(preset))
+    if preset.conditional and names != model.class_names:
+        raise ValueError(f"{path} was trained on the classes {model.class_names}, the data have {names}")
+    return quality(model, train_set, held_out, seed=seed, **options)
 
 
 def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, features="pixels",
@@ -727,7 +683,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         raise ValueError(f"--count must be at least 5, --steps at least 1, --features one of {FEATURES}, got "
                          f"{count}, {steps} and {features}")
     device, K, pixels = next(model.parameters()).device, max(model.num_classes, 1), features == "pixels"
-    network, seconds, rows = feature_network(features, device), {}, {}
+    network, seconds = feature_network(features, device), {}
     places = some(train_set, 10_000 if pixels else 50_000)
     if pixels and all((x == x[:1]).all() for x in images_of(train_set, places[:100])):      # without colour
         network = lambda x: (pixel_features(x, grey=True),)
@@ -754,9 +710,8 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
     if held_out:
         columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
-    for column, images in columns.items():
-        for row, value in compare(images, real, features).items():
-            rows.setdefault(row, {})[column] = value
+    cells = {column: compare(images, real, features) for column, images in columns.items()}
+    rows = {row: {column: cells[column][row] for column in cells} for row in cells[f"T = {steps[0]}"]}
     if not pixels:
         again_8_bits = extracted(places, lambda part: to_uint8((again(train_set, part) + 1) / 2))
         rows["rFID"] = {"training set": compare(again_8_bits, real, features)["FID"]}
@@ -765,7 +720,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         if model.num_classes:
             judge = SVC(gamma="scale", C=10).fit(real.features, [train_set.targets[i] for i in places])
             labels = dict.fromkeys(columns, [i % K for i in range(count)])
-            labels |= {"real held-out": held_out.targets} if held_out else {}
+            labels["real held-out"] = held_out and held_out.targets
             rows["judged right"] = {T: judge.score(x.features, labels[T]) for T, x in columns.items()}
         nearest = {T: nearest_neighbours(x.features, real.features)[0].quantile(0.5).item()
                    for T, x in columns.items()}
@@ -802,38 +757,17 @@ def images_of(data, places):
 
 
 def list_presets():
-    """A line per preset, from models on the meta device: sizes, and GFLOPs of one image."""
-    steps, totals, form = (1, 2, 4, 6), {}, ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>10}" * 7).format
-    print(form("preset", "pixels", "tokens", "L", "parameters", "encode", "denoise", "decode",
-               *(f"T = {T}" for T in steps)))
-    for name, preset in PRESETS.items():
-        model, encode, denoise, decode = cost(preset)
-        totals[name] = [T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in steps]
-        print(form(name, preset.image_size, model.latent_shape[0], math.prod(model.latent_shape),
-                   f"{sum(p.numel() for p in model.parameters()):,}",
-                   *(f"{flops:.5g}" for flops in (encode, denoise, decode, *totals[name]))))
-    quotients = [se / sle for se, sle in zip(totals["imagenet-xl"], totals["imagenet-latent"])]
-    print(form("imagenet-xl / -latent", *[""] * 7, *(f"{quotient:.2f}" for quotient in quotients)))
+    """A line per preset: sizes, parameters, GFLOPs of one image; 2 for every multiply-add."""
+    form = ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>10}" * 7).format
+    costs = {name: cost(preset, PRESETS.get(preset.tokenizer)) for name, preset in PRESETS.items()}
+    print(form("preset", "pixels", "tokens", "L", "parameters", *costs["digits"][1]))
+    for name, (model, flops) in costs.items():
+        (N, d), parameters = model.latent_shape, sum(p.numel() for p in model.parameters())
+        print(form(name, PRESETS[name].image_size, N, N * d, f"{parameters:,}",
+                   *(f"{value:.5g}" for value in flops.values())))
+    (_, se), (_, sle) = costs["imagenet-xl"], costs["imagenet-latent"]
+    print(form("imagenet-xl / -latent", *[""] * 7, *(f"{se[T] / sle[T]:.2f}" for T in [*se][3:])))
     print("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode")
-
-
-def cost(preset):
-    """The model of a preset, without weights, and GFLOPs of encoding (0 for an RAE, which encodes only to
-    train), denoising (0 in a Sphere Encoder) and decoding one image; 2 for every multiply-add."""
-    def flops(call, *shape):
-        with FlopCounterMode(display=False) as counter:
-            call(torch.empty(1, *shape))
-        return counter.get_total_flops() / 1e9
-
-    rae, classes = preset.tokenizer == "rae", {"flowers102": 102, "animal-faces": 3, "imagenet": 1000}
-    names = [str(k) for k in range(classes.get(preset.dataset, 10))]
-    with torch.device("meta"):
-        coder = (RAEDecoder(**RAE_DECODER_SIZE) if rae
-                 else build_model(PRESETS.get(preset.tokenizer, preset), names))
-        model = build_model(preset, names, coder.latent_shape) if preset.tokenizer else coder
-        encode = 0 if rae else flops(coder.encode, 3, *coder.image_size)
-        denoise = flops(model, *model.latent_shape) if preset.tokenizer else 0
-        return model, encode, denoise, flops(coder if rae else coder.decode, *coder.latent_shape)
 
 
 def documented(function):

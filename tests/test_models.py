@@ -234,12 +234,11 @@ def test_a_released_configuration_gives_the_models_arguments():
     assert convert_official_config({**CFG, "cond_generator": False})["num_classes"] == 0
 
 
-@pytest.mark.parametrize("change, named", [(dict(spherify_model=True), "spherify_model"),
-                                           (dict(patch_size=None), "patch_size")])
-def test_released_configurations_that_we_cannot_build_are_refused(change, named):
-    cfg = {key: value for key, value in {**CFG, **change}.items() if value is not None}
-    with pytest.raises(ValueError, match=named):
-        convert_official_config(cfg)
+def test_released_configurations_that_we_cannot_build_are_refused():
+    with pytest.raises(ValueError, match="spherify_model"):
+        convert_official_config({**CFG, "spherify_model": True})
+    with pytest.raises(KeyError, match="patch_size"):
+        convert_official_config({key: value for key, value in CFG.items() if key != "patch_size"})
 
 
 # ---- activation checkpointing ----

@@ -603,10 +603,9 @@ def test_every_word_writes_what_its_function_gives_and_shows_it(seeded, photos, 
     assert all(places(drawn, pixels(path)) for path in (tmp_path / "images").iterdir())
 
 
-def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
-    run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
-    with Image.open(tmp_path / "interpolate.gif") as animation:
-        assert animation.n_frames == 15
+def test_a_denoiser_interpolates_too(trained_latent, tmp_path):
+    run(trained_latent, tmp_path, "interpolate --frames 3 --singles --way circle --classes 1 2 3")
+    assert len(list((tmp_path / "images").iterdir())) == 15
 
 
 @pytest.mark.parametrize("options", [

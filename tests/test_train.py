@@ -27,9 +27,9 @@ import train
 from conftest import ROOT, TINY, TINY_FLAGS, TINY_LATENT, one_line
 from losses import LPIPS, WEIGHT_NAMES, sphere_encoder_loss, sphere_latent_loss
 from sample import load, read_checkpoint
-from spherify import logit_normal_sigmas
+from spherify import gaussian, logit_normal_sigmas
 from test_fid import seeded_inception
-from train import (PRESETS, batch_indices, evaluate, gaussian, learning_rate, load_data, main, random_draws,
+from train import (PRESETS, batch_indices, evaluate, learning_rate, load_data, main, random_draws,
                    update_ema)
 
 # conftest makes log lines and checkpoints come every 2 iterations
@@ -319,16 +319,14 @@ def test_resume_and_evaluation_refuse_another_data_set(folder, tmp_path, capsys)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PROGRAM = f"""
-import contextlib, json, sys
+import json, sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
 import train
 from test_train import TOKENIZER
 train.LOG_EVERY, train.PRESETS["digits-tokenizer"] = 1, TOKENIZER
 train.gathered.__defaults__ = (10,)             # so that few images are many batches
-commands = json.loads(sys.argv[1])              # several within one group; a second one would hang
-with train.process_group("cpu") if commands[1:] else contextlib.nullcontext():
-    for words in commands:
-        train.main(words)
+for words in json.loads(sys.argv[1]):
+    train.main(words)
 """
 
 
