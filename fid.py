@@ -49,10 +49,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'; they
     are the roots of the eigenvalues of the symmetric C1' S2 C1. So no matrix square root and no epsilon is
-    needed: directions without variance are dropped, since they add nothing to the trace.
-    """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu")
-                                for a in (mu1, sigma1, mu2, sigma2))
+    needed: directions without variance are dropped, since they add nothing to the trace."""
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).cpu().double() for a in (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape:
         raise ValueError(f"features of {len(mu1)} and of {len(mu2)} dimensions cannot be compared")
     sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
@@ -80,12 +78,11 @@ def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of the predicted classes, for each of several parts of the images.
 
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
-    returns  (mean, standard deviation) over the parts
-    """
+    returns  (mean, standard deviation) over the parts"""
     scores, n = [], len(logits)
     order = np.random.RandomState(2020).permutation(n)
     for part in np.split(order, [i * n // splits for i in range(1, splits)]):
-        p = logits[torch.from_numpy(part)].double().softmax(dim=1)                          # [part, classes]
+        p = logits[torch.from_numpy(part)].cpu().double().softmax(dim=1)                    # [part, classes]
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
         scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -96,14 +93,13 @@ def precision_recall(generated, real, k=3):
 
     generated, real  [n, D] and [m, D] features
     returns  (precision, recall): the share of generated images in the real manifold, and the reverse
-    Raises ValueError for a set of k images or fewer.
-    """
+    Raises ValueError for a set of k images or fewer."""
     if min(len(generated), len(real)) <= k:
         raise ValueError(f"precision and recall need more than {k} images, got {len(generated)}, {len(real)}")
     def share_inside(x, others):
         radii = nearest_neighbours(others, others, k + 1)[0][:, k]      # the nearest one is the image itself
         inside = torch.cat([(torch.cdist(part, others) <= radii).any(1) for part in x.split(1024)])
-        return inside.double().mean().item()
+        return inside.cpu().double().mean().item()
     return share_inside(generated, real), share_inside(real, generated)
 
 
@@ -115,7 +111,7 @@ def nearest_neighbours(x, real, k=1):
 
 def pixel_features(images, grey=False):
     """Images uint8 [n, 3, H, W] -> float64 [n, D] in [-1, 1], grey if asked, averaged to 16x16 if larger."""
-    x = images.double() / 127.5 - 1
+    x = images.cpu().double() / 127.5 - 1
     x = x.mean(1, keepdim=True) if grey else x
     return F.adaptive_avg_pool2d(x, [min(side, 16) for side in x.shape[-2:]]).flatten(1)
 
@@ -133,11 +129,10 @@ class FeatureStatistics:
 
     def update(self, features):
         """Add features [n, dim]; however a stream is cut into batches, the result is the same."""
-        for part in features.split(4096):
-            part = part.to(self.sum)
-            self.count += len(part)
-            self.sum += part.sum(0)
-            self.products.addmm_(part.T, part)
+        x = features.cpu().double()                         # in this order: an MPS device has no float64
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.products.addmm_(x.T, x)
         return self
 
     @property
@@ -179,7 +174,7 @@ def compare(generated, real, features):
 
 
 def save_statistics(path, statistics, features):
-    """Write npz: mu (float32, as torch-fidelity insists on), sigma, count, features. Overwrites nothing."""
+    """Write npz: mu (float32: the official code insists), sigma, count, features. Overwrites nothing."""
     mu, sigma = statistics.mean.float(), statistics.covariance                  # before the file exists
     with open(path, "xb") as file:
         np.savez_compressed(file, mu=mu, sigma=sigma, count=statistics.count, features=features)
@@ -277,7 +272,8 @@ def feature_network(features="torch-fidelity", device="cpu"):
     """A callable on uint8 images [B, 3, H, W]: features [B, D] and logits [B, 1008], or [B, 0] of raw pixels.
     Inception's weights come through torch.hub; raises OSError that says which file to place where."""
     if features == "pixels":
-        return lambda x: (pixel_features(x), torch.zeros(len(x), 0, device=x.device))
+        return lambda x: (pixel_features(x), torch.zeros(len(x), 0))
+    torch.backends.cudnn.allow_tf32 = False                 # features are float32 to their last digit
     network = InceptionV3(features)
     try:
         network.load_state_dict(torch.hub.load_state_dict_from_url(

@@ -30,8 +30,7 @@ def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
     x_noisy     [B, 3, H, W]  D(v_noisy), in [-1, 1]
     x           [B, 3, H, W]  the real image, in [-1, 1]
     perceptual  callable on two such images giving one distance per image, or None
-    returns     (smooth L1, perceptual) scalars; perceptual is 0 without a network
-    """
+    returns     (smooth L1, perceptual) scalars; perceptual is 0 without a network"""
     with torch.autocast(x.device.type, enabled=False):
         l1 = F.smooth_l1_loss(at_least_float32(x_noisy) / 2, at_least_float32(x) / 2)   # / 2: as if in [0, 1]
     return l1, x_noisy.new_zeros(()) if perceptual is None else perceptual(x_noisy, x).float().mean()
@@ -42,8 +41,7 @@ def pixel_consistency_loss(x_NOISY, x_noisy, perceptual=None):
 
     x_NOISY     [B, 3, H, W]  D(v_NOISY), in [-1, 1]
     x_noisy     [B, 3, H, W]  D(v_noisy), detached: without sg(.) it would learn to match the blurred image
-    returns     (smooth L1, perceptual) scalars, as pixel_reconstruction_loss
-    """
+    returns     (smooth L1, perceptual) scalars, as pixel_reconstruction_loss"""
     return pixel_reconstruction_loss(x_NOISY, x_noisy.detach(), perceptual)
 
 
@@ -54,8 +52,7 @@ def latent_consistency_loss(v, z_again, eps=1e-6):
                         here: Eq. 9 writes no sg(.), the released code has one; the gradient reaches the
                         encoder's second pass and, through the image, the decoder
     z_again  [B, N, d]  E(D(v_NOISY)), the encoder's second pass
-    returns  scalar, mean over the batch
-    """
+    returns  scalar, mean over the batch"""
     with torch.autocast(v.device.type, enabled=False):
         v, z_again = at_least_float32(v.detach()).flatten(1), at_least_float32(z_again).flatten(1)  # [B, L]
         return (1 - F.cosine_similarity(v, z_again, dim=1, eps=eps)).mean()
@@ -75,8 +72,7 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     perceptual  see pixel_reconstruction_loss
     swd_weight  of the sliced Wasserstein loss of E(x), a regularisation that the paper tries and drops; it
                 needs directions [L, M]. See sliced_wasserstein_loss
-    returns     loss, {name: unweighted part}; the parts are detached and stay on the device
-    """
+    returns     loss, {name: unweighted part}; the parts are detached and stay on the device"""
     recon_l1, recon_perceptual, con_l1, con_perceptual, lat_con = weights
     y_clean, y_NOISY, y_noisy, y_again = y if y.ndim == 2 else [y] * 4
     zero = x.new_zeros(())
@@ -118,11 +114,10 @@ def sliced_wasserstein_loss(z, directions):
 
     In one dimension the nearest arrangement is the sorted one: the k-th smallest projection belongs to the
     (k - 1/2) / B quantile of a coordinate of the uniform distribution, which is exact, not drawn. So the
-    result falls as 1 / B for B uniform points, but is not 0.
-    """
+    result falls as 1 / B for B uniform points, but is not 0."""
     with torch.autocast(z.device.type, enabled=False):
         projections = at_least_float32(z).flatten(1) @ directions                                     # [B, M]
-        quantiles = sphere_quantiles(len(z), len(directions)).to(projections)                         # [B]
+        quantiles = sphere_quantiles(len(z), len(directions)).to(projections.dtype).to(z.device)      # [B]
         return (projections.sort(dim=0).values - quantiles[:, None]).square().mean()
 
 
@@ -130,8 +125,7 @@ def sliced_wasserstein_loss(z, directions):
 def sphere_quantiles(n, L):
     """Quantiles (k - 1/2) / n of one coordinate t of a uniform point on the sphere of radius sqrt(L), [n].
 
-    (1 + t / sqrt(L)) / 2 has the distribution Beta((L - 1) / 2, (L - 1) / 2); for large L t is Gaussian.
-    """
+    (1 + t / sqrt(L)) / 2 has the distribution Beta((L - 1) / 2, (L - 1) / 2); for large L t is Gaussian."""
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return math.sqrt(L) * (2 * torch.from_numpy(betaincinv((L - 1) / 2, (L - 1) / 2, u.numpy())) - 1)
 
@@ -140,8 +134,7 @@ def orthogonal_directions(gaussian):
     """Orthonormal random directions, uniform among all such sets: Rowland et al. 2019, Alg. 3.
 
     gaussian  [L, M] of standard Gaussian numbers, M <= L
-    returns   [L, M] with orthonormal columns
-    """
+    returns   [L, M] with orthonormal columns"""
     Q, R = torch.linalg.qr(gaussian)
     return Q * R.diagonal().sign()                          # the signs make Q uniform (Haar)
 
@@ -161,13 +154,13 @@ def latent_reconstruction_loss(z_hat_noisy, z, distance="l2"):
                             decoded as it is, so it must have the tokenizer's scale)
     distance     of DISTANCES; our text has lost the paper's symbol
     returns      (distance, 1 - cosine) scalars, the cosine of whole latents (assumed, as f and SE Eq. 9)
-    Raises ValueError for an unknown distance.
-    """
+    Raises ValueError for an unknown distance."""
     if distance not in DISTANCES:
         raise ValueError(f"the distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
     with torch.autocast(z.device.type, enabled=False):
         a, b = at_least_float32(z_hat_noisy), at_least_float32(z)
-        cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-6)
+        # A fresh denoiser predicts 0, where the gradient is 1 / eps; later norms are near sqrt(L).
+        cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1.0)
         return DISTANCES[distance](a, b), (1 - cosine).mean()
 
 
@@ -176,8 +169,7 @@ def latent_prediction_consistency_loss(z_hat_NOISY, z_hat_noisy, distance="l2"):
 
     z_hat_NOISY  [B, N, d]  prediction from the latent with the larger noise
     z_hat_noisy  [B, N, d]  prediction from the latent with the smaller noise, detached here (the paper's sg)
-    returns      (distance, 1 - cosine) scalars, as latent_reconstruction_loss
-    """
+    returns      (distance, 1 - cosine) scalars, as latent_reconstruction_loss"""
     return latent_reconstruction_loss(z_hat_NOISY, z_hat_noisy.detach(), distance)
 
 
@@ -185,8 +177,7 @@ def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
     """1 - cosine of F(f(F(v_NOISY))) and the clean latent: what the paper removes. SLE Sec. 4.3.
 
     Assumed: SE Eq. 9 with the denoiser in the place of decoder and encoder; the paper's simplified variant is
-    in an appendix that is not in our text. Costs a third pass of the denoiser. Returns a scalar.
-    """
+    in an appendix that is not in our text. Costs a third pass of the denoiser. Returns a scalar."""
     return latent_consistency_loss(z, denoiser(spherify(z_hat_NOISY), y))
 
 
@@ -201,8 +192,7 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
     e           [B, N, d]        Gaussian noise, the same for both (assumed, as in SE Sec. 2.3), added to
                                  v = f(z) (assumed, as SE Eq. 4; noise on z would only be of another scale)
     weights     of LATENT_WEIGHT_NAMES, in order (assumed 1: our text lacks them; the last is the ablation's)
-    returns     loss, {name: unweighted part}; the parts are detached and stay on the device
-    """
+    returns     loss, {name: unweighted part}; the parts are detached and stay on the device"""
     y_NOISY, y_noisy, y_again = y[:3] if y.ndim == 2 else [y] * 3
     v = spherify(z)
     v_NOISY, v_noisy = add_noise(v, sigma, e), add_noise(v, sigma_sub, e)                        # SLE Eq. 1
@@ -227,8 +217,7 @@ def perceptual_distance(name):
 
     name     "lpips": SE speaks of features of a static VGG, SLE Sec. 3 and the official code of LPIPS;
              or "lpips+convnext": the official code's
-    Images must be at least 16 pixels wide and high. Raises OSError that names a missing or damaged file.
-    """
+    Images must be at least 16 pixels wide and high. Raises OSError that names a missing or damaged file."""
     if name not in ("lpips", "lpips+convnext"):
         raise ValueError(f"the perceptual distance must be lpips or lpips+convnext, got {name!r}")
     network = LPIPS(pretrained(VGG16))
@@ -241,8 +230,7 @@ class LPIPS(lpips.LPIPS):
     """LPIPS on VGG-16, from the package lpips, whose learned heads are the released system's, byte for byte.
 
     vgg  state dict of torchvision's vgg16, of which the convolutions are used; None leaves them random
-    The trunk may run in bf16; distances of its features are float32 (in the package they would not be).
-    """
+    The trunk may run in bf16; distances of its features are float32 (in the package they would not be)."""
 
     def __init__(self, vgg=None):
         heads = Path(lpips.__file__).with_name("weights") / "v0.1/vgg.pth"     # else sought beside this file

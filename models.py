@@ -45,12 +45,11 @@ class SphereEncoder(nn.Module):
     alpha_max     degrees; the angle of the noise at r = 1, in training (but for hard cases) and sampling
     encoder_classes  False makes an encoder that is blind to the class, which the paper warns of (Sec. 4,
                   "Conditional Uniformity")
-    batch_norm    normalise E's output over batch and tokens, per channel, before f; without a learned scale
-                  and shift (assumed: they could undo it). App. C.3
+    batch_norm    normalise each of E's L outputs over the batch, before f; without a learned scale and shift.
+                  App. C.3, in the form of the official code, which does not use it
 
     Neither encode nor decode projects onto the sphere: that is spherify's, between the two.
-    Raises ValueError for an unknown size or pixel head, or an image size that the patches do not divide.
-    """
+    Raises ValueError for an unknown size or pixel head, or an image size that the patches do not divide."""
 
     def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size,
                  mixer_depth, pixel_head="linear", alpha_max=80.0, encoder_classes=True, batch_norm=False):
@@ -66,7 +65,7 @@ class SphereEncoder(nn.Module):
         self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
         self.encoder = Encoder(grid, patch_size, latent_dim, num_classes if encoder_classes else 0,
                                encoder_size, mixer_depth)
-        self.norm = nn.BatchNorm1d(latent_dim, affine=False) if batch_norm else None
+        self.norm = nn.BatchNorm1d(math.prod(self.latent_shape), affine=False) if batch_norm else None
         self.decoder = Decoder(grid, patch_size, latent_dim, num_classes, decoder_size, mixer_depth,
                                pixel_head)
 
@@ -75,10 +74,9 @@ class SphereEncoder(nn.Module):
 
         x        [B, 3, H, W]  image in [-1, 1]
         y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
-        returns  [B, N, d]     float32 (float64 if the weights are)
-        """
-        z = at_least_float32(self.encoder(x, labels_or_null(x, y, self.num_classes)))
-        return z if self.norm is None else self.norm(z.transpose(1, 2)).transpose(1, 2)
+        returns  [B, N, d]     float32 (float64 if the weights are)"""
+        z = at_least_float32(self.encoder(x, y))
+        return z if self.norm is None else self.norm(z.flatten(1)).view_as(z)
 
     def decode(self, v, y=None):
         """x = D(v, y) for points v of the sphere. SE Eq. 2.
@@ -87,12 +85,7 @@ class SphereEncoder(nn.Module):
         y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
         returns  [B, 3, H, W]  image in [-1, 1] (the head ends in tanh), float32 (float64 if the weights are)
         """
-        return at_least_float32(self.decoder(v, labels_or_null(v, y, self.num_classes)))
-
-
-def labels_or_null(batch, y, num_classes):
-    """Classes [B] of a batch, or floats [B, K + 1] that mix class vectors; None is the null class for all."""
-    return torch.full((len(batch),), num_classes, device=batch.device) if y is None else y
+        return at_least_float32(self.decoder(v, y))
 
 
 # ---- Encoder and decoder -----------------------------------------------------------------------------------
@@ -155,7 +148,7 @@ class Encoder(ViT):
         self.out = Mixer(grid[0] * grid[1], latent_dim, mixer_depth) if mixer_depth else nn.Identity()
         self.initialize(self.ffn.linear)
         for conv in self.x_embedder:
-            nn.init.xavier_uniform_(conv.weight.view(self.width, -1))     # fans of the flattened patch
+            nn.init.xavier_uniform_(conv.weight.flatten(1))                 # fans of the flattened patch
         nn.init.zeros_(self.x_embedder[1].bias)
 
     def forward(self, x, y):
@@ -184,7 +177,7 @@ class Decoder(ViT):
                 nn.init.normal_(module.weight, std=1.0)      # released init; ReZero hides the Mixers at first
         for module in self.out.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.xavier_uniform_(module.weight, gain=0.01)
+                nn.init.xavier_uniform_(module.weight.flatten(1), gain=0.01)        # of a matrix, as released
                 nn.init.zeros_(module.bias)
 
     def forward(self, v, y):
@@ -302,13 +295,15 @@ class ModulatedLinear(nn.Module):
 
 
 class ClassTable(nn.Module):
-    """One learned vector per class, and in the last row one for the null class."""
+    """A learned vector per class, the last for the null class, y = None; floats y [B, K + 1] mix them."""
 
     def __init__(self, num_classes, width):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y):
+        if y is None:
+            return self.embedding_table.weight[None, -1:]                                   # [1, 1, D]
         vectors = y @ self.embedding_table.weight if y.is_floating_point() else self.embedding_table(y)
         return vectors[:, None]                                                             # [B, 1, D]
 
@@ -316,8 +311,7 @@ class ClassTable(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer: lets every token see every other without a Linear on the flattened latent. SE Sec. 2.4.
 
-    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which bounds the output up to its learned weight.
-    """
+    [B, N, dim] -> [B, N, dim]; ends in an RMSNorm, which bounds the output up to its learned weight."""
 
     def __init__(self, tokens, dim, depth):
         super().__init__()
@@ -362,10 +356,10 @@ class SiT(Transformer):
 
     SiT with patches of one token and without its timestep: the class alone modulates the blocks. Where it has
     norms and biases is inferred from the released numbers of tensors and of parameters (401 and 675,160,896
-    for XL/1 on ImageNet), which this network has; tanh-GELU, eps and inits are those of SiT. No rotary
+    for XL/1 on ImageNet), which this network has; tanh-GELU, eps and inits are those of SiT, but that Xavier
+    sees q, k and v one by one (assumed: SiT has them in one matrix, where it is sqrt(2) smaller). No rotary
     positions (assumed: they would leave no trace in these numbers, but there is a position table).
-    Raises ValueError for an unknown size or a number of tokens that is no square.
-    """
+    Raises ValueError for an unknown size or a number of tokens that is no square."""
 
     tokenizer = None                                        # of the latents; see attach
 
@@ -400,9 +394,8 @@ class SiT(Transformer):
 
         v        [B, N, d]  points of the sphere, norm sqrt(L)
         y        [B] int64  class 0..K, or None for the null class K
-        returns  [B, N, d]  float32 (float64 if the weights are)
-        """
-        c = self.y_embedder(labels_or_null(v, y, self.num_classes))                         # [B, 1, D]
+        returns  [B, N, d]  float32 (float64 if the weights are)"""
+        c = self.y_embedder(y)                                                              # [B, 1, D]
         x = self.x_embedder(v) + self.pos_embed                                             # [B, N, D]
         for block in self.blocks:
             x = block(x, c)
@@ -453,8 +446,7 @@ class RAE(nn.Module):
     mean, var  [N, d] statistics of the latents; the released mean is None: it was never collected
 
     A tokenizer is anything with encode and decode. Here, latents z are the tokens after DINOv2's last
-    LayerNorm, without that norm's affine part, less their mean, over the root of their variance.
-    """
+    LayerNorm, without that norm's affine part, less their mean, over the root of their variance."""
 
     def __init__(self, encoder, decoder, mean, var):
         super().__init__()
@@ -491,8 +483,7 @@ class RAE(nn.Module):
         """z = E(x), normalised, not on the sphere.
 
         x        [B, 3, H, W]  image in [-1, 1]; resized to 14 pixels per token if need be
-        returns  [B, N, d]     float32
-        """
+        returns  [B, N, d]     float32"""
         x = F.interpolate((x + 1) / 2, (14 * self.grid, 14 * self.grid), mode="bicubic")
         features = self.encoder.forward_features((x - self.pixel_mean) / self.pixel_std)
         z = at_least_float32(features["x_prenorm"][:, -len(self.var):])         # no class token, no registers
@@ -509,8 +500,7 @@ class RAE(nn.Module):
 class RAEDecoder(Transformer):
     """ViT decoder of the RAE: tokens [B, grid^2, token_dim] -> ImageNet-normalised pixels [B, 3, H, W].
 
-    As the released one: a class token that is dropped at the end, LayerNorm with eps 1e-12, exact GELU.
-    """
+    As the released one: a class token that is dropped at the end, LayerNorm with eps 1e-12, exact GELU."""
 
     def __init__(self, token_dim, grid, width, depth, heads, mlp_hidden, patch_size=16):
         super().__init__((grid, grid), width, class_token=True)
@@ -538,8 +528,7 @@ class SphereTokenizer(nn.Module):
     """A Sphere Encoder trained with little noise as tokenizer, where no RAE can be had; frozen.
 
     encode  x [B, 3, H, W] in [-1, 1] -> z = f(E(x)) [B, N, d]
-    decode  z [B, N, d] -> D(f(z)) [B, 3, H, W] in [-1, 1]
-    """
+    decode  z [B, N, d] -> D(f(z)) [B, 3, H, W] in [-1, 1]"""
 
     def __init__(self, model):
         super().__init__()
@@ -562,8 +551,7 @@ def sincos_table(grid, width):
     """Fixed 2-D sin-cos position table [N, width], tokens in row-major order.
 
     The first half of the channels encodes the column, the second half the row (the reverse of RoPE's order);
-    each half is [sin | cos] of position * theta^(-k / (width / 4)), computed in float64.
-    """
+    each half is [sin | cos] of position * theta^(-k / (width / 4)), computed in float64."""
     rows, columns = _angles(grid, width // 4)
     return torch.cat([f(half) for half in (columns, rows) for f in (torch.sin, torch.cos)], dim=1).float()
 
@@ -572,8 +560,7 @@ def rope_table(grid, head_dim):
     """Cosines and sines [2, N, head_dim / 2] of axial RoPE: one angle for every adjacent pair of channels.
 
     The first half of the pairs turns with the row, the second with the column; pair i of a half turns by
-    position * theta^(-2i / (head_dim / 2)).
-    """
+    position * theta^(-2i / (head_dim / 2))."""
     angle = torch.cat(_angles(grid, head_dim // 4), dim=1)                              # [N, head_dim/2]
     return torch.stack([angle.cos(), angle.sin()]).float()
 
@@ -698,8 +685,7 @@ def pretrained(url, file_name=None):
     """What a published file holds, through torch.hub: from its cache (see TORCH_HOME), or downloaded into it.
 
     url        ends in -HASH.pth, which a download is checked against; else give the file_name of the cache
-    Raises OSError that says which file to place where.
-    """
+    Raises OSError that says which file to place where."""
     place = Path(torch.hub.get_dir(), "checkpoints", file_name or url.rsplit("/", 1)[1])
     try:
         return torch.hub.load_state_dict_from_url(url, file_name=file_name, check_hash=file_name is None,

@@ -1,7 +1,7 @@
 """Sampling: Algorithm 1 of both papers, with guidance; editing. SE Sec. 2.4, 4-6, App. C.1, C.6; SLE 4.4.
 
     python sample.py --checkpoint out/digits/model.pt --out out/sevens --classes 7 --cfg 1.5 --singles
-    python sample.py interpolate --out out/lines --classes 3 8 --frames 9
+    python sample.py interpolate --out out/lines --classes 3 8 --frames 9 --gif
     python sample.py crossover --out out/cross --images a.png b.png --mask diagonal
 """
 
@@ -31,8 +31,8 @@ MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")           # of
 
 
 @torch.no_grad()
-def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, position="combo", bound=None,
-             seed=0, first=0, e=None, official=False):
+def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, schedule=None, shared=True, position="combo",
+             bound=None, seed=0, first=0, e=None, official=False):
     """Images from random points of the sphere, in T steps. SE Eq. 3, Alg. 1.
 
     model     SphereEncoder
@@ -42,17 +42,18 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, shared=True, po
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
     alpha     degrees, angle of the noise at r = 1; None is the model's own alpha_max
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
+    schedule  of that decay: "eq13" or "released", see step_schedule; None is the first unless official
     shared    one noise vector per image for all steps (the paper's best), or a fresh one at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both ("combo"). SE App. C.1
     bound     truncate the noise of the first step to [-bound, bound]. SE App. C.6. Later steps keep the whole
               one, shared or not (assumed: it would be shorter than sigma says)
     seed      image k of the call is sample first + k of this seed, a function of (seed, first + k) alone
     e         [B, N, d] noise in place of the seeded one; one of these per draw, stacked, if there are several
-    official  as the official code: only steps 2..T share noise (two draws), and gamma 1 ends at 1 / T
+    official  as the official code: its schedule, and only steps 2..T share noise (two draws)
     returns   [B, 3, H, W] in [-1, 1], on the model's device
-    Raises ValueError for a class, step count, scale, angle or seed out of range.
-    """
-    y, sigmas, e = _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official)
+    Raises ValueError for a class, step count, scale, angle or seed out of range."""
+    y, sigmas, e = _start(model, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, first, e,
+                          official)
     scales = _scales(cfg, position)
     x = _guided(model.decode, spherify(e[0]), y, scales[1]).clamp(-1, 1)        # as in the official code
     return _passes(model, x, y, sigmas, e[1:], *scales)[-1]
@@ -82,16 +83,17 @@ def _guided(network, inputs, y, s):
 
 
 @torch.no_grad()
-def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, shared=True, bound=None,
-                    project_last=False, seed=0, first=0, e=None, official=False):
+def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, schedule="released", shared=True,
+                    bound=None, project_last=False, seed=0, first=0, e=None, official=False):
     """Images from random points of the sphere, in T steps within the latent space and one decode. SLE Alg. 1.
 
     denoiser  SiT with a tokenizer
-    others    as in generate; guidance acts at every step. gamma and shared are assumed: our text lacks them
+    others    as in generate; guidance acts at every step. gamma, schedule and shared are assumed, since our
+              text lacks them: with "eq13" step T is without noise, where the denoiser has hardly been trained
     project_last  decode f(z_hat) of the last step instead of z_hat itself (the model card's "raw final step")
-    returns   [B, 3, H, W] in [-1, 1], on the denoiser's device
-    """
-    y, sigmas, e = _start(denoiser, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official)
+    returns   [B, 3, H, W] in [-1, 1], on the denoiser's device"""
+    y, sigmas, e = _start(denoiser, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, first, e,
+                          official)
     z = e[0]                                                # line 2
     for t in range(1, steps + 1):
         v = spherify(z)                                     # line 5
@@ -101,7 +103,7 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, share
     return denoiser.tokenizer.decode(spherify(z_hat) if project_last else z_hat).clamp(-1, 1)
 
 
-def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, official):
+def _start(model, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, first, e, official):
     """Classes on the model's device, sigma of steps 2..T, noise of all steps [T, B, N, d]."""
     device, K = next(model.parameters()).device, model.num_classes
     y = torch.as_tensor(y, device=device)
@@ -110,7 +112,8 @@ def _start(model, y, steps, cfg, alpha, gamma, shared, bound, seed, first, e, of
     if not 0 <= cfg < math.inf or cfg != 1 and not K:
         raise ValueError(f"cfg must be at least 0, and 1 (off) for a model without classes, got {cfg}")
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
-    sigmas = [r * sigma_max for r in step_schedule(steps, gamma, official).tolist()]
+    schedule = schedule or ("released" if official else "eq13")
+    sigmas = [r * sigma_max for r in step_schedule(steps, gamma, schedule).tolist()]
     draws = min(steps, 2 if official else 1) if shared else steps
     if e is None:
         e = sample_noise(seed, first, len(y), model.latent_shape, draws)
@@ -146,8 +149,7 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, fi
     spherical  go along the great circle through two corners instead of the chord, at constant speed
     model, options  as in generate or generate_latent, but for shared and e: the noise of later steps is that
              of corner 0 in every frame, so that frames differ by latent and class only
-    returns  [F, 3, H, W] in [-1, 1]
-    """
+    returns  [F, 3, H, W] in [-1, 1]"""
     device = next(model.parameters()).device
     mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
     e = sample_noise(seed, first, len(y), model.latent_shape)[0].to(device)                     # [C, N, d]
@@ -176,11 +178,10 @@ def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=Tr
     r        factor on the largest sigma; pass k has r step_schedule(T + 1, gamma)[k - 1] (assumed)
     others   as in generate, for a SphereEncoder alone
     returns  [T + 1, B, 3, H, W]: x, and the image after every pass
-    Raises ValueError as generate does, for r outside [0, 1], and for another kind of model.
-    """
+    Raises ValueError as generate does, for r outside [0, 1], and for another kind of model."""
     if not isinstance(model, SphereEncoder) or not 0 <= r <= 1:
         raise ValueError(f"edits need a Sphere Encoder and r in [0, 1], got a {type(model).__name__} and {r}")
-    y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, shared, None, seed, 0, None, False)
+    y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, "eq13", shared, None, seed, 0, None, False)
     sigmas = [r * sigma for sigma in sigmas]
     return torch.stack(_passes(model, x.to(y.device), y, sigmas, e, *_scales(cfg, position)))
 
@@ -239,8 +240,7 @@ def load(path, device="cpu", ema=None, config=None):
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
-    Raises OSError, ValueError, or RuntimeError that lists the weights that do not fit.
-    """
+    Raises OSError, ValueError, or RuntimeError that lists the weights that do not fit."""
     if config:
         key = "ema_model" if ema else "model"
         try:
@@ -341,6 +341,7 @@ def to_pil(x, zoom=1):
 
 def pick_device(name=None):
     """Device of a name; of None, the GPU if there is one. Raises ValueError if it cannot be used."""
+    torch.backends.cudnn.allow_tf32 = False                 # float32 is float32, as in products by default
     try:
         return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -376,12 +377,13 @@ def main(argv=None):
     add("--steps", type=int, default=4, help="T of Algorithm 1, or passes of an edit (%(default)s)")
     add("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (%(default)s)")
     add("--sampling", type=name_value, nargs="+", default=[], metavar="NAME=VALUE", help="other arguments of "
-        "generate, generate_latent or edit: gamma, shared, alpha, position, bound, project_last, official, r")
+        "generate, generate_latent, edit: gamma schedule shared alpha position bound project_last official r")
     add("--classes", type=int, nargs="+", metavar="K", help="in turn (all; reconstruct, crossover: null)")
     add("--count", type=int, default=80, help="generate: number of images (%(default)s)")
     add("--batch-size", type=int, default=100, help="generate: images at a time (%(default)s)")
     add("--way", choices=("line", "circle", "square"), default="line", help="interpolate: (%(default)s)")
     add("--frames", type=int, default=8, help="interpolate: images per line, or side (%(default)s)")
+    add("--gif", action="store_true", help="interpolate: also as an animation")
     add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
     add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
         "image is taken (%(default)s)")
@@ -434,6 +436,10 @@ def draw_interpolations(args, model, how):
     x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, spherical=args.way == "circle",
                                first=k, **how) for k in range(0, len(y), corners)])     # [rows * F, 3, H, W]
     write_singles(args, x)
+    if args.gif:
+        first, *rest = (to_pil(image, max(1, round(96 / max(model.image_size)))) for image in x)
+        args.out.mkdir(parents=True, exist_ok=True)
+        first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
     return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))}, []
 
 

@@ -23,8 +23,7 @@ def spherify(z, eps=1e-6):
 
     z / sqrt(mean(z^2) + eps): the norm is sqrt(L) rms / sqrt(rms^2 + eps), so a zero vector (every latent at
     initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever autocast
-    does: a bf16 factor is off by up to 0.4 %, alike for all elements, and so the radius would be.
-    """
+    does: a bf16 factor is off by up to 0.4 %, alike for all elements, and so the radius would be."""
     with torch.autocast(z.device.type, enabled=False):
         z_float = at_least_float32(z)
         mean_square = z_float.square().mean(dim=tuple(range(1, z.ndim)), keepdim=True)
@@ -39,8 +38,7 @@ def add_noise(v, sigma, e):
     e        [B, ...]      standard Gaussian noise, not spherified; shared by v_NOISY and v_noisy
     returns  [B, ...]      f(v + sigma e), dtype of v
 
-    At large L the result stands at the angle arctan(sigma) to v (SE Eq. 12); sigma = 0 gives f(v) = v.
-    """
+    At large L the result stands at the angle arctan(sigma) to v (SE Eq. 12); sigma = 0 gives f(v) = v."""
     if torch.is_tensor(sigma) and sigma.ndim > 0:
         sigma = sigma.reshape(-1, *[1] * (v.ndim - 1))                          # [B, 1, ...]
     with torch.autocast(v.device.type, enabled=False):
@@ -58,8 +56,7 @@ def slerp(v0, v1, weight):
 
     v0, v1   [B, ...]      whole points, not tokens; neither opposite nor the same (random ones never are)
     weight   float or [B]  0 gives v0, 1 gives v1
-    returns  [B, ...]      norm sqrt(L)
-    """
+    returns  [B, ...]      norm sqrt(L)"""
     broad = [-1] + [1] * (v0.ndim - 1)
     weight = torch.as_tensor(weight, dtype=v0.dtype, device=v0.device).reshape(broad)
     angle = torch.deg2rad(angle_between(v0, v1)).reshape(broad)                              # [B, 1, ...]
@@ -69,8 +66,7 @@ def slerp(v0, v1, weight):
 def angle_to_sigma(alpha):
     """Noise magnitude sigma = tan(alpha) of an angle in degrees, a float or a tensor. SE Eq. 11-12.
 
-    Raises ValueError for an angle outside [0, 90).
-    """
+    Raises ValueError for an angle outside [0, 90)."""
     tensor = torch.is_tensor(alpha)
     if not (0 <= (alpha.min() if tensor else alpha) and (alpha.max() if tensor else alpha) < 90):
         raise ValueError(f"angles must lie in [0, 90) degrees, got {alpha}")
@@ -82,21 +78,22 @@ def sigma_to_angle(sigma):
     return torch.rad2deg(torch.atan(sigma)) if torch.is_tensor(sigma) else math.degrees(math.atan(sigma))
 
 
-def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=None):
+def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, mapping="sigma", generator=None):
     """Noise magnitudes of the Sphere Encoder. SE Eq. 5-6, App. C.2.
 
     batch       number of samples B
-    alpha_max   degrees; sigma = r tan(alpha_max) with r ~ U[0, 1]
-    alpha_hard  degrees or None; with probability hard_prob a sample's sigma is drawn instead from the whole
-                band between tan(alpha_max) and tan(alpha_hard), uniformly in sigma (assumed: as in Eq. 5; the
-                text of C.2 speaks of uniform angles but Eq. 5 and the official code are uniform in sigma)
+    alpha_max   degrees, the angle of r = 1, with r ~ U[0, 1]
+    alpha_hard  degrees or None; with probability hard_prob a sample lies in the whole band from alpha_max to
+                alpha_hard instead
+    mapping     what is uniform in both: "sigma", r tan(alpha_max), as Eq. 5 and the official code; "angle",
+                tan(r alpha_max), as the text of C.2. Of 85 to 89 degrees, "sigma" is mostly above 87
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; sigma_sub = s sigma with s ~ U[0, 0.5]
-    Raises ValueError for angles outside [0, 90) or alpha_hard below alpha_max.
-    """
+    Raises ValueError for angles outside [0, 90), alpha_hard below alpha_max or an unknown mapping."""
     r, s, decides, within = torch.rand(4, batch, generator=generator)
-    sigma = r * angle_to_sigma(alpha_max)
-    sigma = _with_hard_cases(sigma, decides < hard_prob, within, alpha_max, alpha_hard)
+    sigma = _between(0, alpha_max, r, mapping)
+    if alpha_hard is not None:
+        sigma = torch.where(decides < hard_prob, _between(alpha_max, alpha_hard, within, mapping), sigma)
     return sigma, 0.5 * s * sigma
 
 
@@ -105,23 +102,26 @@ def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=
 
     r and s are spread over the batch: B - 2 equal strata with one draw each, one exact 0 and one exact 1, in
     random order. A draw below hard_prob also sets the magnitude of a hard case, so that only the lowest
-    tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces.
-    """
+    tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces."""
     def spread():
         inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
         return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
 
-    sigma, s, decides = spread() * angle_to_sigma(alpha_max), spread(), torch.rand(batch, generator=generator)
-    return _with_hard_cases(sigma, decides < hard_prob, decides, alpha_max, alpha_hard), 0.5 * s * sigma
+    base, s, decides = spread() * angle_to_sigma(alpha_max), spread(), torch.rand(batch, generator=generator)
+    hard = base if alpha_hard is None else _between(alpha_max, alpha_hard, decides)
+    return torch.where(decides < hard_prob, hard, base), 0.5 * s * base
 
 
-def _with_hard_cases(sigma, hard, within, alpha_max, alpha_hard):
-    if alpha_hard is None:
-        return sigma
-    if alpha_hard < alpha_max:
-        raise ValueError(f"alpha_hard must be at least alpha_max = {alpha_max}, got {alpha_hard}")
-    low, high = angle_to_sigma(alpha_max), angle_to_sigma(alpha_hard)
-    return torch.where(hard, low + within * (high - low), sigma)
+def _between(low, high, share, mapping="sigma"):
+    """Magnitudes between two angles, at shares of the way that are linear in sigma or in the angle."""
+    if high < low:
+        raise ValueError(f"alpha_hard must be at least alpha_max, which is at least 0; got {high} and {low}")
+    if mapping == "angle":
+        return angle_to_sigma(low + share * (high - low))
+    if mapping != "sigma":
+        raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
+    low, high = angle_to_sigma(low), angle_to_sigma(high)
+    return low + share * (high - low)
 
 
 def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", generator=None):
@@ -134,28 +134,25 @@ def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", ge
                 or "angle", tan(r alpha_max)
     generator   torch.Generator on the CPU, or None for the global one
     returns     sigma [B], sigma_sub [B]   float32 on the CPU; the larger and the smaller of two draws
-    Raises ValueError for an angle outside [0, 90) or an unknown mapping.
-    """
-    if mapping not in ("sigma", "angle"):
-        raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
+    Raises ValueError for an angle outside [0, 90) or an unknown mapping."""
     r = torch.sigmoid(mean + std * torch.randn(2, batch, generator=generator))              # [2, B]
-    sigma = r * angle_to_sigma(alpha_max) if mapping == "sigma" else angle_to_sigma(r * alpha_max)
+    sigma = _between(0, alpha_max, r, mapping)
     return sigma.amax(0), sigma.amin(0)
 
 
-def step_schedule(steps, gamma, official=False):
+def step_schedule(steps, gamma, schedule="eq13"):
     """Relative noise strength r of steps 2..T of few-step generation. SE Eq. 13.
 
     steps    T, at least 1; the first step has no entry, since it decodes pure noise
-    gamma    decay rate, at least 0; 0 keeps r = 1 (the paper's best), 1 falls linearly to 0 at step T
-    official at gamma 1 fall to 1 / T instead, as the official code does (which knows only gamma 0 and 1)
+    gamma    decay rate, at least 0; 0 keeps r = 1 (the paper's best)
+    schedule at gamma 1, "eq13" falls linearly to 0 at step T; "released", as the official code, to 1 / T
     returns  [T - 1]  float32
-    Raises ValueError for steps < 1 or gamma < 0.
-    """
-    if steps < 1 or not gamma >= 0:
-        raise ValueError(f"steps must be at least 1 and gamma at least 0, got {steps} and {gamma}")
+    Raises ValueError for steps < 1, gamma < 0 or an unknown schedule."""
+    if steps < 1 or not gamma >= 0 or schedule not in ("eq13", "released"):
+        raise ValueError(f"steps must be at least 1, gamma at least 0, the schedule eq13 or released, got "
+                         f"{steps}, {gamma} and {schedule}")
     t = torch.arange(2, steps + 1, dtype=torch.float64)
-    return ((1 - (t - 1) / (steps if official else steps - 1)) ** gamma).float()
+    return ((1 - (t - 1) / (steps if schedule == "released" else steps - 1)) ** gamma).float()
 
 
 def sample_noise(seed, first, count, shape, draws=1):
@@ -169,8 +166,7 @@ def sample_noise(seed, first, count, shape, draws=1):
 
     One counter-based generator per sample, keyed by (seed, i), so batch size, number of processes and number
     of images change nothing. (A CPU torch.Generator would use only the low 32 bits of a seed.)
-    Raises ValueError for a seed outside its range.
-    """
+    Raises ValueError for a seed outside its range."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0 .. 2^64 - 1, got {seed}")
     noise = np.empty((draws, count, *shape), dtype=np.float32)
@@ -191,13 +187,12 @@ def truncate_noise(e, bound):
     """Standard Gaussian noise e [...] -> noise [...] of the normal truncated to [-bound, bound]. SE App. C.6.
 
     Each number moves to where the same share of the truncated normal lies below it: a function of e, in the
-    dtype of e. Raises ValueError for a bound that is not above 0.
-    """
+    dtype of e. Raises ValueError for a bound that is not above 0."""
     if not bound > 0:
         raise ValueError(f"the bound of a truncated prior must be above 0, got {bound}")
-    outside = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64, device=e.device))     # in one tail
-    beyond = torch.special.ndtr(-e.double().abs())              # a lower tail keeps more digits than an upper
-    return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * e.sign()).to(e.dtype)
+    x, outside = e.cpu().double(), torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))    # one tail
+    beyond = torch.special.ndtr(-x.abs())                       # a lower tail keeps more digits than an upper
+    return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * x.sign()).to(e.dtype).to(e.device)
 
 
 def at_least_float32(x):

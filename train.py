@@ -77,8 +77,8 @@ class Preset:
     denoiser_size: str | tuple = "B"        # S, B, L, XL, or width,depth,heads
     distance: str = "l2"                    # between latents: l1, smooth-l1 or l2
     noise: tuple = (0.0, 1.0)               # mean and deviation of the logit-normal noise
-    mapping: str = "sigma"                  # what is linear in that noise: sigma or angle
 
+    mapping: str = "sigma"                  # what is linear in the noise's r: sigma or, SE C.2, angle
     alpha_max: float = 80.0                 # degrees, largest angle of the usual noise
     alpha_hard: float = 85.0                # degrees, largest angle of the hard cases; 0 = none
     official: bool = False                  # draw a Sphere Encoder's noise as the official code does
@@ -129,8 +129,8 @@ DIGITS = Preset(
     dataset="digits", image_size=16, flip=False, patch_size=4, latent_dim=16, encoder_size=(64, 1, 4),
     decoder_size=(96, 3, 4), mixer_depth=2, weights=(1.0, 0.0, 1.0, 0.0, 0.02), batch_size=32,
     iterations=2200, lr=4e-3, min_lr=1e-5, warmup=50 / 2200, encoder_lr_scale=1.0, ema=0.99, use_ema=True)
-# A Sphere Encoder that serves as tokenizer: no classes, little noise, of the losses Eq. 7 alone; and four
-# tokens of 8x8 pixels, for a quarter of the work of 4x4 ones and a smoother latent space.
+# A Sphere Encoder that serves as tokenizer: no classes; of the losses Eq. 7 alone, whose noise ends at 26.6
+# degrees, half of tan 45; tokens of 8x8 pixels, a quarter of the work of 4x4 and a smoother latent space.
 DIGITS_TOKENIZER = replace(
     DIGITS, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0),
     patch_size=8, latent_dim=32, encoder_size=(96, 1, 4), decoder_size=(96, 2, 4), batch_size=64,
@@ -232,8 +232,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
         indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
-        loader = DataLoader(source, batch_sampler=indices, num_workers=workers, generator=seeded(seed),
-                            pin_memory=device.type == "cuda")       # iterated once, so its workers persist
+        loader = DataLoader(source, batch_sampler=indices, num_workers=workers,     # iterated once
+                            pin_memory=device.type == "cuda", generator=seeded(seed, "loader"))
 
         def save(step):
             write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(),
@@ -250,7 +250,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
             e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
             directions = None if not preset.swd_weight else orthogonal_directions(           # [L, M]
-                torch.randn(L, min(L, 256), generator=seeded(seed, step, 3))).to(device)
+                torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
             x = images.to(device)
             y = torch.where(drawn["drop"], model.num_classes, labels.to(device))             # [4, B]
             if source is data:                                                               # [B, 3, H, W]
@@ -350,7 +350,7 @@ def build(preset, class_names, tokenizer, seed, device, stored, images):
     """Model, averaged model and optimizer, as seeded or as stored: AdamW in groups, of encoder, decoder or
     denoiser the matrices (decayed) and the rest (not decayed)."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seeded(seed, 2).initial_seed())
+        torch.default_generator.manual_seed(seeded(seed, "init").initial_seed())
         model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape).to(device)
     networks = ([(model, 1.0)] if tokenizer
                 else [(model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)])
@@ -413,7 +413,7 @@ def mean_over_window(window, done, interrupted):
     """Empty the window of the last iterations: means over iterations and processes by name, and whether a
     process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
     names, first = [*window[0]], done - len(window) + 1
-    values = torch.stack([torch.stack([*row.values()]) for row in window]).double()               # [k, names]
+    values = torch.stack([torch.stack([*row.values()]) for row in window]).cpu().double()         # [k, names]
     values = F.pad(values, (0, 1), value=float(len(interrupted)))
     window.clear()
     if distributed.is_initialized():
@@ -462,8 +462,9 @@ def draw(path, model, data, columns=5, rows=10):
     tqdm.write(f"{path}, {path.parent / 'losses.png'}")
 
 
-def seeded(*key):
-    """A generator for a key of integers; a CPU generator of torch uses only 32 bits of a seed."""
+def seeded(seed, purpose, index=0):
+    """A generator of its own for every seed, purpose and index; torch's would use only 32 bits of a seed."""
+    key = (seed, ("order", "draws", "init", "directions", "choice", "loader").index(purpose), index)
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -472,14 +473,16 @@ def random_draws(preset, seed, step):
 
     returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY)); of a denoiser,
              in its two or three passes), sigma [B], sigma_sub [B], e_seed [B]"""
-    p, B, generator = preset, preset.batch_size, seeded(seed, 1, step)
+    p, B, generator = preset, preset.batch_size, seeded(seed, "draws", step)
     if p.tokenizer:
         sigma, sigma_sub = logit_normal_sigmas(B, p.alpha_max, *p.noise, p.mapping, generator)
     else:
-        sigmas = official_sigmas if p.official else uniform_sigmas
-        sigma, sigma_sub = sigmas(B, p.alpha_max, p.alpha_hard or None, HARD_PROB, generator)
+        sigmas = official_sigmas if p.official else partial(uniform_sigmas, mapping=p.mapping)
+        sigma, sigma_sub = sigmas(B, p.alpha_max, p.alpha_hard or None, HARD_PROB, generator=generator)
+        if p.official and not any(p.weights[2:4]):          # no pixel consistency: it decodes v_NOISY alone
+            sigma_sub = sigma
     return {"flip": (torch.rand(B, generator=generator) < 0.5) & p.flip,
-            "drop": torch.rand(4, B, generator=generator) < CLASS_DROPOUT,
+            "drop": (torch.rand(4, B, generator=generator) < CLASS_DROPOUT) | (not p.conditional),
             "sigma": sigma, "sigma_sub": sigma_sub,
             "e_seed": torch.randint(2**63 - 1, (B,), generator=generator)}
 
@@ -489,7 +492,7 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
 
     The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch); the batch of
     step s begins at position s * batch_size. So a step's batch needs no history, and no image is dropped."""
-    order = lru_cache(1)(lambda epoch: torch.randperm(size, generator=seeded(seed, 0, epoch)).tolist())
+    order = lru_cache(1)(lambda epoch: torch.randperm(size, generator=seeded(seed, "order", epoch)).tolist())
     for step in steps:
         positions = range(step * batch_size, (step + 1) * batch_size)[mine]
         yield [order(position // size)[position % size] for position in positions]
@@ -509,9 +512,11 @@ def load_data(preset):
     try:
         if name == "digits":                                # 1,797 real ones of 8x8 pixels, in scikit-learn
             from sklearn.datasets import load_digits
-            digits = load_digits()
-            images, labels = torch.from_numpy(digits.images).float() / 16, digits.target
-            parts, names = [*zip(images.split([1500, 297]), np.split(labels, [1500]))], list("0123456789")
+            from sklearn.model_selection import train_test_split
+            x, y = load_digits(return_X_y=True)             # the last ones have other writers than the first
+            x = torch.from_numpy(x).float().view(-1, 8, 8) / 16
+            split = train_test_split(range(len(y)), test_size=297, stratify=y, random_state=0)
+            parts, names = [(x[part], y[part]) for part in split], list("0123456789")
         elif name in ("fashion-mnist", "cifar10"):
             kind = datasets.CIFAR10 if name == "cifar10" else datasets.FashionMNIST
             sets = [kind(root, train, download=True) for train in (True, False)]
@@ -566,7 +571,7 @@ class LatentCache(Dataset):
             beside = self.path.with_name(f"{self.path.name}.{uuid4().hex}.tmp")
             beside.parent.mkdir(parents=True, exist_ok=True)
             latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-            loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0))
+            loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0, "loader"))
             for i, (images, _) in enumerate(tqdm(loader, "latents", disable=process_rank()[0] > 0 or None)):
                 latents[64 * i:64 * i + 64] = encoded(images)
             latents.flush()
@@ -582,9 +587,6 @@ class LatentCache(Dataset):
     @cached_property
     def latents(self):
         return np.load(self.path, mmap_mode="r")
-
-    def __len__(self):
-        return len(self.targets)
 
     def __getitem__(self, i):
         return torch.from_numpy(self.latents[i].copy()), self.targets[i]
@@ -616,9 +618,8 @@ def start_process(device):
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
     if process_rank()[1] > 1 and not distributed.is_initialized():      # NCCL's 10 minutes can be too few
-        distributed.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"), timeout=timedelta(hours=2))
+        distributed.init_process_group(timeout=timedelta(hours=2))     # gloo and, for tensors on a GPU, NCCL
         atexit.register(distributed.destroy_process_group)
     return device
 
@@ -653,11 +654,11 @@ def interruptible():
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(path, seed=0, data=None, device=None, **options):
-    """quality() of a checkpoint; data is the folder of the data set, if it is not where it was then."""
+def evaluate(path, seed=0, data=None, device=None, use_ema=None, **options):
+    """quality() of a checkpoint; data is the data set's folder, if it has moved, use_ema that of load."""
     preset = Preset(**read_checkpoint(path)["preset"] | ({"data": data} if data else {}))
     device = start_process(device)
-    model = first_process_first(lambda: load(path, device))
+    model = first_process_first(lambda: load(path, device, use_ema))
     train_set, held_out, names = first_process_first(lambda: load_data(preset))
     if preset.conditional and names != model.class_names:
         raise ValueError(f"{path} was trained on the classes {model.class_names}, the data have {names}")
@@ -746,7 +747,7 @@ def gathered(places, rows_of, batch=100):
 
 def some(data, limit):
     """Places in a data set; beyond `limit`, a fixed random choice."""
-    return torch.randperm(len(data), generator=seeded(0))[:limit].sort().values.tolist()
+    return torch.randperm(len(data), generator=seeded(0, "choice"))[:limit].sort().values.tolist()
 
 
 def images_of(data, places):
@@ -814,7 +815,7 @@ def main(argv=None):
     elif folder := given.pop("export", None):
         export(replace(preset, **changes), folder, judged.get("count"))
     elif path := given.pop("evaluate", None):
-        if wrong := {*changes, *given} - {"sampling", "data", "seed", "device"}:
+        if wrong := {*changes, *given} - {"sampling", "data", "seed", "device", "use_ema"}:
             raise ValueError(f"--evaluate takes its settings from the checkpoint; drop {min(wrong)}")
         rows = evaluate(path, **given, **judged, **changes.pop("sampling", {}), **changes)
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))

@@ -11,6 +11,8 @@ from PIL import Image
 import fid
 from conftest import ROOT, one_line
 from fid import frechet_distance, read_image, to_uint8
+from losses import sliced_wasserstein_loss
+from spherify import truncate_noise
 
 D = 64
 RNG = np.random.default_rng(0)
@@ -283,6 +285,35 @@ def test_inception_score_is_one_for_equal_and_C_for_evenly_spread_certain_predic
     certain = 1e4 * torch.eye(8).repeat_interleave(10, 0)
     assert fid.inception_score(certain, splits=1) == pytest.approx((8, 0))
     assert fid.inception_score(certain, splits=8)[0] > 3        # parts are dealt out, not one per class
+
+
+class OnMPS(torch.Tensor):
+    """A tensor as if on an Apple GPU, which has no float64; what .cpu() gives is one of the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(result, cls) and result.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return result
+
+
+def test_nothing_becomes_float64_before_it_is_on_the_cpu():
+    images = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8)
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    for function, argument in (
+            (fid.pixel_features, images), (lambda x: fid.FeatureStatistics(6).update(x).covariance, x),
+            (lambda x: torch.tensor(fid.inception_score(x, 2)), x),
+            (lambda x: torch.tensor(fid.precision_recall(x, x.flip(1))), x),
+            (lambda x: torch.tensor(frechet_distance(x.mean(0), x.T.cov(), x[0], x.T.cov())), x),
+            (lambda x: truncate_noise(x, 1.0), x), (lambda x: sliced_wasserstein_loss(x, torch.eye(6)), x)):
+        torch.testing.assert_close(function(argument.as_subclass(OnMPS)).as_subclass(torch.Tensor),
+                                   function(argument))
+    with pytest.raises(TypeError, match="float64"):
+        x.as_subclass(OnMPS).double()
 
 
 def test_precision_and_recall_are_the_shares_inside_the_other_manifold():

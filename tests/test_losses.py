@@ -181,6 +181,16 @@ def test_gradient_of_the_objective_is_that_of_its_undetached_terms(model, batch)
     assert slope.item() == pytest.approx(((values[0] - values[1]) / 2e-6).item(), rel=1e-5)
 
 
+def test_a_fresh_denoisers_prediction_of_zero_has_a_small_gradient_and_later_ones_have_the_cosines():
+    z, zero = rand(2, 5, 7), torch.zeros(2, 5, 7, requires_grad=True)
+    distance, cosine = latent_reconstruction_loss(zero, z)
+    gradient, = torch.autograd.grad(cosine, zero)
+    assert 0.1 < gradient.norm() < 2 and cosine == 1
+    z_hat = 0.5 * z.roll(1, 2)                              # norms a little over 1
+    exact = 1 - torch.nn.functional.cosine_similarity(z_hat.flatten(1), z.flatten(1))
+    torch.testing.assert_close(latent_reconstruction_loss(z_hat, z)[1], exact.mean())
+
+
 # ---- perceptual distance ----
 
 

@@ -44,7 +44,7 @@ def latents(model, batch, seed=0):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_exactly_the_released_ones(name):
+def test_parameter_counts_are_exactly_those_of_the_released_code(name):
     arguments, parameters, tensors = PUBLISHED[name]
     with torch.device("meta"):
         model = SphereEncoder(*arguments)
@@ -296,7 +296,10 @@ def test_inits_are_the_released_ones():
         bound = math.sqrt(6 / sum(weight.shape))                                        # Xavier uniform
         assert 0.98 * bound < weight.abs().max() <= bound
     assert encoder.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert decoder.out.conv.weight.abs().max() <= 0.01 * math.sqrt(6 / (27 + 27))
+    heads = decoder.out, SphereEncoder(32, 4, 16, 10, (128, 1, 4), (128, 1, 4), 1, "conv").decoder.out
+    for conv in (module for head in heads for module in head.children()):                # flattened matrices
+        bound = 0.01 * math.sqrt(6 / sum(conv.weight.flatten(1).shape))
+        assert 0.9 * bound < conv.weight.abs().max() <= bound and not conv.bias.any()
     zeros = [p for name, p in model.named_parameters() if name.endswith("bias") or "alpha" in name]
     assert len(zeros) > 20 and not any(p.any() for p in zeros)
 
@@ -363,14 +366,13 @@ def test_an_encoder_without_classes_is_blind_to_them_while_the_decoder_sees_them
     assert not any("y_embedder" in name for name in model.encoder.state_dict())
 
 
-def test_batch_norm_gives_every_channel_mean_zero_and_variance_one_over_batch_and_tokens():
+def test_batch_norm_gives_every_element_of_a_latent_mean_zero_and_variance_one_over_the_batch():
     model = with_seeded_weights(SphereEncoder((12, 20), 4, 7, 4, (16, 2, 2), (24, 1, 2), 2, batch_norm=True))
     x = torch.rand(6, 3, 12, 20)
     raw = model.encode(x)                                                   # statistics 0 and 1 at first
     z = model.train().encode(x)
-    torch.testing.assert_close(z, (raw - raw.mean((0, 1))) / raw.var((0, 1), correction=0).sqrt(), rtol=1e-3,
-                               atol=1e-3)
-    torch.testing.assert_close(model.norm.running_mean, 0.1 * raw.mean((0, 1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, (raw - raw.mean(0)) / raw.var(0, correction=0).sqrt(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(model.norm.running_mean, 0.1 * raw.mean(0).flatten(), rtol=1e-4, atol=1e-5)
     assert {name for name in model.state_dict() if name.startswith("norm.")} == {
         "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
@@ -483,7 +485,7 @@ def test_sizes_that_do_not_fit_are_named(change, named):
     ((256, 768, 1000, "XL"), 401, 675_160_896), ((256, 768, 3, "B"), 177, 130_086_144),
     ((256, 768, 102, "B"), 177, 130_162_176),
 ])
-def test_denoisers_have_exactly_the_released_tensors_and_parameters(arguments, tensors, parameters):
+def test_the_denoiser_xl_has_the_released_tensors_and_parameters_and_b_the_predicted_ones(arguments, tensors, parameters):
     with torch.device("meta"):
         state_dict = SiT(*arguments).state_dict()
     assert len(state_dict) == tensors and sum(tensor.numel() for tensor in state_dict.values()) == parameters

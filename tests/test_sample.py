@@ -52,9 +52,32 @@ def test_the_official_sampler_shares_noise_from_step_two_and_ends_its_decay_at_o
     for r in (2 / 3, 1 / 3):                                                # gamma = 1, T = 3
         x = model.decode(add_noise(spherify(model.encode(x, Y)), r * sigma_max, e[1]), Y)
     torch.testing.assert_close(generate(model, Y, 3, gamma=1.0, seed=5, official=True), x)
+    released = generate(model, Y, 3, gamma=1.0, seed=5, official=True, schedule="released")
+    assert torch.equal(generate(model, Y, 3, gamma=1.0, seed=5, official=True), released)
     assert torch.equal(generate(model, Y, 1, seed=5, official=True), generate(model, Y, 1, seed=5))
     fresh = dict(shared=False, gamma=0.0, seed=5)
     assert torch.equal(generate(model, Y, 3, official=True, **fresh), generate(model, Y, 3, **fresh))
+
+
+@pytest.mark.parametrize("schedule, last", [("eq13", 0.0), ("released", 1 / 3)])
+def test_either_sampler_decays_its_noise_by_either_schedule_whatever_else_is_official(
+        model, denoiser, schedule, last):
+    r, sigma_max = (1 + last) / 2, angle_to_sigma(70.0)                     # gamma = 1, T = 3
+    options = dict(alpha=70.0, gamma=1.0, schedule=schedule, seed=5)
+    e = noise(model)[0]
+    x = model.decode(spherify(e), Y)
+    z = denoiser(spherify(e), Y)
+    for r in (r, last):
+        x = model.decode(add_noise(spherify(model.encode(x, Y)), r * sigma_max, e), Y)
+        z = denoiser(add_noise(spherify(z), r * sigma_max, e), Y)
+    torch.testing.assert_close(generate(model, Y, 3, **options), x)
+    decoded = denoiser.tokenizer.decode(z).clamp(-1, 1)
+    torch.testing.assert_close(generate_latent(denoiser, Y, 3, **options), decoded)
+    other = {"eq13": "released", "released": "eq13"}[schedule]
+    for sampler, network in ((generate, model), (generate_latent, denoiser)):
+        official = [sampler(network, Y, 3, **{**options, "schedule": name}, official=True)
+                    for name in (schedule, other)]
+        assert not torch.equal(*official)
 
 
 @pytest.mark.parametrize("position", ["encoder", "decoder", "combo"])
@@ -218,6 +241,12 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys,
         torch.save(weights if damage == "foreign" else {**checkpoint, **change[damage]}, path)
     assert named in refusal(capsys, path, tmp_path / "out", "--ema" if damage == "no average" else "")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_no_convolution_and_no_product_computes_in_tf32_on_any_device(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)           # torch's default
+    sample.pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- checkpoints of the official code ----
@@ -409,10 +438,10 @@ def test_latent_sampling_is_its_algorithm_1_written_out(denoiser, shared):
     e = e.expand(3, -1, -1, -1) if shared else e
     sigma_max = angle_to_sigma(70.0)
     z_hat = denoiser(spherify(e[0]), Y)
-    for r, draw in ((0.5, 1), (0.0, 2)):                                    # gamma = 1, T = 3
+    for r, draw in ((2 / 3, 1), (1 / 3, 2)):                                # gamma = 1, T = 3
         z_hat = denoiser(spherify(spherify(z_hat) + r * sigma_max * e[draw]), Y)
     x = denoiser.tokenizer.decode(z_hat)
-    torch.testing.assert_close(generate_latent(denoiser, Y, 3, gamma=1.0, shared=shared, seed=5), x)
+    torch.testing.assert_close(generate_latent(denoiser, Y, 3, shared=shared, seed=5), x)
 
 
 def test_latent_guidance_acts_on_latents_at_every_step(denoiser):
@@ -603,9 +632,10 @@ def test_every_word_writes_what_its_function_gives_and_shows_it(seeded, photos, 
     assert all(places(drawn, pixels(path)) for path in (tmp_path / "images").iterdir())
 
 
-def test_a_denoiser_interpolates_too(trained_latent, tmp_path):
-    run(trained_latent, tmp_path, "interpolate --frames 3 --singles --way circle --classes 1 2 3")
-    assert len(list((tmp_path / "images").iterdir())) == 15
+def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
+    run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
+    with Image.open(tmp_path / "interpolate.gif") as animation:
+        assert animation.n_frames == 15
 
 
 @pytest.mark.parametrize("options", [

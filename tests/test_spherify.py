@@ -136,13 +136,28 @@ def test_sigma_is_uniform_up_to_sigma_max_and_sub_noise_a_uniform_half_of_it(gen
 
 @pytest.mark.parametrize("hard_prob", [0.0, 0.1, 1.0])
 def test_hard_draws_are_a_tenth_and_uniform_over_the_whole_band(generator, hard_prob):
-    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, hard_prob, generator)
+    sigma, _ = uniform_sigmas(N_DRAWS, 80.0, 85.0, hard_prob, generator=generator)
     low, high = angle_to_sigma(80.0), angle_to_sigma(85.0)
     hard = lambda t: np.clip((t - low) / (high - low), 0, 1)
     assert_drawn_from(lambda t: (1 - hard_prob) * np.clip(t / low, 0, 1) + hard_prob * hard(t), sigma)
     if hard_prob in (0.0, 1.0):
         assert ((sigma > low) == hard_prob).all()           # never and always
     assert hard_prob == 0 or 84.99 < sigma_to_angle(sigma.max().item()) <= 85.0
+
+
+def test_the_text_of_c2_draws_angles_uniformly_below_and_within_the_hard_band(generator):
+    again = generator.clone_state()
+    sigma, sigma_sub = uniform_sigmas(N_DRAWS, 85.0, 89.0, 0.1, "angle", generator)
+    angle, hard = sigma_to_angle(sigma.double()), sigma > angle_to_sigma(85.0)
+    assert abs(hard.double().mean() - 0.1) < 4 * math.sqrt(0.09 / N_DRAWS)
+    assert_drawn_from(stats.uniform(0, 85).cdf, angle[~hard])
+    assert_drawn_from(stats.uniform(85, 4).cdf, angle[hard])
+    assert_drawn_from(stats.uniform(0, 0.5).cdf, (sigma_sub / sigma)[sigma > 0])
+    uniform_in_sigma = uniform_sigmas(N_DRAWS, 85.0, 89.0, 0.1, generator=again)[0]
+    above_87 = [(x[hard] > angle_to_sigma(87.0)).double().mean().item() for x in (sigma, uniform_in_sigma)]
+    assert above_87 == pytest.approx([0.5, 0.83], abs=0.03)
+    with pytest.raises(ValueError, match="mapping"):
+        uniform_sigmas(4, 85.0, mapping="radius")
 
 
 def test_official_hard_draws_reach_a_tenth_of_the_band_and_leave_the_small_noise(generator):
@@ -159,7 +174,7 @@ def test_official_hard_draws_reach_a_tenth_of_the_band_and_leave_the_small_noise
 
 @pytest.mark.parametrize("draw, alpha_hard", [(uniform_sigmas, 85.0), (official_sigmas, None)])
 def test_small_noise_is_at_most_half_the_large_noise_of_the_same_sample(generator, draw, alpha_hard):
-    sigma, sigma_sub = draw(N_DRAWS, 80.0, alpha_hard, 0.5, generator)
+    sigma, sigma_sub = draw(N_DRAWS, 80.0, alpha_hard, 0.5, generator=generator)
     ratio, hard = (sigma_sub / sigma)[sigma > 0], sigma[sigma > 0] > angle_to_sigma(80.0)
     assert (sigma_sub <= 0.5 * sigma).all() and hard.any() == (alpha_hard is not None)
     assert_drawn_from(stats.uniform(0, 0.5).cdf, ratio)
@@ -207,8 +222,10 @@ def test_schedule_ends_where_equation_13_says():
     assert step_schedule(6, 0.0).tolist() == [1.0] * 5                      # also at t = T, where 0^0 stands
     assert step_schedule(1, 1.0).tolist() == []
     # the official code's, at 1 / T
-    torch.testing.assert_close(step_schedule(5, 1, official=True), torch.tensor([0.8, 0.6, 0.4, 0.2]))
-    assert torch.equal(step_schedule(5, 0, official=True), torch.ones(4))
+    torch.testing.assert_close(step_schedule(5, 1, "released"), torch.tensor([0.8, 0.6, 0.4, 0.2]))
+    assert torch.equal(step_schedule(5, 0, "released"), torch.ones(4))
+    with pytest.raises(ValueError, match="linear"):
+        step_schedule(5, 1, "linear")
 
 
 def test_noise_of_a_sample_depends_on_seed_and_index_alone():
@@ -237,10 +254,10 @@ def test_noise_is_standard_normal():
 @pytest.mark.parametrize("call, named", [
     (lambda: angle_to_sigma(90.0), "90.0"), (lambda: angle_to_sigma(-1.0), "-1.0"),
     (lambda: angle_to_sigma(math.nan), "nan"), (lambda: angle_to_sigma(torch.tensor([10.0, 91.0])), ".*91"),
-    (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"), (lambda: step_schedule(0, 1.0), "0 and 1.0"),
+    (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"), (lambda: step_schedule(0, 1.0), "0, 1.0"),
     (lambda: logit_normal_sigmas(4, 85.0, mapping="cosine"), "'cosine'"),
     (lambda: truncate_noise(torch.zeros(2), 0.0), "0.0"), (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
-    (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)), (lambda: step_schedule(4, -1.0), "4 and -1.0"),
+    (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)), (lambda: step_schedule(4, -1.0), "4, -1.0"),
 ])
 def test_bad_input_is_a_value_error_that_names_the_value(call, named):
     with pytest.raises(ValueError, match=f"got {named}"):

@@ -136,6 +136,30 @@ def test_class_drops_are_a_tenth_and_flips_a_half_independent_in_every_pass():
     assert not random_draws(PRESETS["digits"], 0, 0)["flip"].any()          # which does not mirror its images
 
 
+def test_no_two_purposes_steps_or_seeds_share_a_generator():
+    purposes = ("order", "draws", "init", "directions", "choice", "loader")
+    seeds = [train.seeded(seed, purpose, index).initial_seed()
+             for seed in range(4) for purpose in purposes for index in range(8)]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("weights, large", [
+    ((1.0, 1.0, 0.5, 0.5, 0.1), False), ((1.0, 1.0, 0.0, 0.5, 0.1), False), ((1.0, 1.0, 0.0, 0.0, 0.1), True)])
+def test_officially_reconstruction_without_pixel_consistency_is_from_the_large_noise(weights, large):
+    for official in (True, False):
+        drawn = random_draws(replace(PRESETS["digits"], official=official, weights=weights), 0, 0)
+        assert torch.equal(drawn["sigma"], drawn["sigma_sub"]) == (official and large)
+
+
+def test_held_out_digits_are_a_balanced_random_part_that_reads_like_the_others():
+    from sklearn.svm import SVC
+    train_set, held_out, _ = load_data(PRESETS["digits"])
+    assert (len(train_set), len(held_out)) == (1500, 297)
+    assert set(torch.tensor(held_out.targets).bincount().tolist()) == {29, 30}
+    x, z = (fid.pixel_features(data.tensors[0], grey=True) for data in (train_set, held_out))
+    assert SVC(gamma="scale", C=10).fit(x, train_set.targets).score(z, held_out.targets) > 0.98
+
+
 def test_training_noise_of_a_sample_ignores_its_neighbours():
     seeds = torch.tensor([3, 2**40 + 1, 2**62 + 5])
     e = gaussian(seeds, (4, 5), "cpu")
@@ -156,7 +180,7 @@ def assert_loop_written_out(preset, out, monkeypatch, scales, loss_of, latent_sh
     stored = read_checkpoint(train.train(preset, out, seed=8, device="cpu"))
     data = load_data(preset)[0]
     with torch.random.fork_rng():
-        torch.manual_seed(train.seeded(8, 2).initial_seed())
+        torch.manual_seed(train.seeded(8, "init").initial_seed())
         model = train.build_model(preset, [str(k) for k in range(10)], latent_shape)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trainable.items()}
@@ -164,7 +188,7 @@ def assert_loop_written_out(preset, out, monkeypatch, scales, loss_of, latent_sh
         [{"params": [p for name, p in trainable.items() if name.startswith(side) and (p.ndim > 1) == matrix],
           "weight_decay": 0.3 * matrix, "scale": scale}
          for side, scale in scales.items() for matrix in (True, False)], lr=0.0, betas=(0.9, 0.95))
-    order = torch.randperm(1500, generator=train.seeded(8, 0, 0))
+    order = torch.randperm(1500, generator=train.seeded(8, "order", 0))
     for step, lr in enumerate((preset.lr / 2, preset.lr, (preset.lr + preset.min_lr) / 2)):
         drawn = random_draws(preset, 8, step)
         chosen = order[8 * step:8 * step + 8].tolist()
@@ -622,7 +646,7 @@ def test_exported_images_are_those_of_the_data_set_and_can_be_trained_on(tmp_pat
 # ---- presets ----
 
 
-SIZES_IN_PAPER = {  # preset: parameters of the released model of that size
+SIZES = {   # preset: parameters of the released model, as published or counted in its code; predicted: SiT-B's
     "cifar10": 921_569_387, "cifar10-uncond": 615_061_611, "animal-faces": 642_148_324,
     "flowers102": 948_844_516, "imagenet-l": 950_354_532, "imagenet-xl": 1_388_922_404,
     "cifar10-base": 263_818_155, "imagenet-base": 287_914_916,
@@ -635,7 +659,7 @@ def test_the_list_has_every_preset_with_its_exact_size_and_cost(capsys):
     lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line[1:] for line in lines[1:1 + len(PRESETS)]}
     assert rows.keys() == PRESETS.keys()
-    assert {name: int(rows[name][3]) for name in SIZES_IN_PAPER} == SIZES_IN_PAPER
+    assert {name: int(rows[name][3]) for name in SIZES} == SIZES
     assert rows["imagenet-xl"][:3] == ["256", "1024", "65536"]
     assert rows["imagenet-ablation"][:3] == ["256", "256", "65536"]
     assert rows["imagenet-latent"][:3] == ["256", "256", "196608"]
@@ -750,6 +774,24 @@ def test_stored_statistics_of_the_training_images_replace_them(photos_run, tmp_p
     assert sum(moved) == pytest.approx(2 * direct + 2 * 768, rel=1e-3)
 
 
+@pytest.mark.parametrize("preset", [TINY, TOKENIZER, TINY_LATENT])
+@pytest.mark.parametrize("conditional", [True, False])
+def test_every_family_trains_and_is_judged_with_classes_and_without(
+        preset, conditional, tiny_tokenizer, tmp_path):
+    tokenizer = {"tokenizer": str(tiny_tokenizer)} if preset.tokenizer else {}
+    path = train.train(replace(preset, conditional=conditional, **tokenizer), tmp_path / "run", device="cpu")
+    assert load(path).num_classes == 10 * conditional
+    assert ("judged right" in evaluate(path, count=20, steps=1)) == conditional
+
+
+def test_plain_or_averaged_weights_are_judged_as_asked(trained, capsys):
+    numbers = []
+    for words in ([], ["--use-ema"], ["--no-use-ema"]):
+        command("--evaluate", trained, "--count", "20", "--steps", "1", *words)
+        numbers.append(table(capsys.readouterr().out)["Fréchet distance"][0])
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
 @pytest.mark.parametrize("kind", ["trained", "trained_latent"])
 def test_guidance_and_sampling_options_reach_the_samples_that_are_judged(kind, request, capsys):
     path = request.getfixturevalue(kind)
@@ -759,11 +801,14 @@ def test_guidance_and_sampling_options_reach_the_samples_that_are_judged(kind, r
     command(*f"--evaluate {path} --count 20 --steps 3 --sampling gamma=0.5".split())
     assert table(capsys.readouterr().out)["Fréchet distance"][0] == pytest.approx(rows[2], abs=1e-4)
     assert distance(path) != distance(path, bound=0.5)      # the start alone, which later steps may forget
+    choices = (dict(alpha=30.0), dict(gamma=1.0, schedule="eq13"), dict(gamma=1.0, schedule="released"))
+    assert len({rows[0] if choice == own else distance(path, 3, **choice) for choice in choices}) == 3
     assert len({distance(path, cfg=cfg) for cfg in (1.0, 0.0, 3.0)}) == 3
     if kind == "trained":
         assert len({distance(path, cfg=2.0, position=at) for at in ("combo", "encoder", "decoder")}) == 3
         assert distance(path) != distance(path, official=True)              # which cuts samples to 8 bits
     else:
+        assert distance(path) == distance(path, project_last=True)          # as its tokenizer projects anyway
         assert "position" in refused(capsys, "--evaluate", path, "--sampling", "position=decoder")
 
 
@@ -812,7 +857,7 @@ def test_the_latent_loop_is_what_it_says_written_out(tiny_tokenizer, tokenizer, 
     preset = replace(TINY_LATENT, **BY_HAND, tokenizer=str(tiny_tokenizer), distance="l1", mapping="angle")
 
     def loss_of(model, x, y, sigma, sigma_sub, e, step):
-        sigmas = logit_normal_sigmas(8, 81.0, -1.0, 1.5, "angle", train.seeded(8, 1, step))
+        sigmas = logit_normal_sigmas(8, 81.0, -1.0, 1.5, "angle", train.seeded(8, "draws", step))
         assert torch.equal(sigma, sigmas[0]) and torch.equal(sigma_sub, sigmas[1])
         return sphere_latent_loss(model, tokenizer.encode(x), y, *sigmas, e, preset.weights, "l1")[0]
 
