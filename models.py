@@ -75,7 +75,7 @@ class SphereEncoder(nn.Module):
         x        [B, 3, H, W]  image in [-1, 1]
         y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
         returns  [B, N, d]     float32 (float64 if the weights are)"""
-        z = at_least_float32(self.encoder(x, y))
+        z = at_least_float32(self.encoder(x, labels_or_null(x, y, self.num_classes)))
         return z if self.norm is None else self.norm(z.flatten(1)).view_as(z)
 
     def decode(self, v, y=None):
@@ -85,7 +85,12 @@ class SphereEncoder(nn.Module):
         y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
         returns  [B, 3, H, W]  image in [-1, 1] (the head ends in tanh), float32 (float64 if the weights are)
         """
-        return at_least_float32(self.decoder(v, y))
+        return at_least_float32(self.decoder(v, labels_or_null(v, y, self.num_classes)))
+
+
+def labels_or_null(batch, y, num_classes):
+    """Classes [B] of a batch, or floats [B, K + 1] that mix class vectors; None is the null class for all."""
+    return torch.full((len(batch),), num_classes, device=batch.device) if y is None else y
 
 
 # ---- Encoder and decoder -----------------------------------------------------------------------------------
@@ -295,15 +300,13 @@ class ModulatedLinear(nn.Module):
 
 
 class ClassTable(nn.Module):
-    """A learned vector per class, the last for the null class, y = None; floats y [B, K + 1] mix them."""
+    """One learned vector per class, and in the last row one for the null class."""
 
     def __init__(self, num_classes, width):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y):
-        if y is None:
-            return self.embedding_table.weight[None, -1:]                                   # [1, 1, D]
         vectors = y @ self.embedding_table.weight if y.is_floating_point() else self.embedding_table(y)
         return vectors[:, None]                                                             # [B, 1, D]
 
@@ -395,7 +398,7 @@ class SiT(Transformer):
         v        [B, N, d]  points of the sphere, norm sqrt(L)
         y        [B] int64  class 0..K, or None for the null class K
         returns  [B, N, d]  float32 (float64 if the weights are)"""
-        c = self.y_embedder(y)                                                              # [B, 1, D]
+        c = self.y_embedder(labels_or_null(v, y, self.num_classes))                         # [B, 1, D]
         x = self.x_embedder(v) + self.pos_embed                                             # [B, N, D]
         for block in self.blocks:
             x = block(x, c)
