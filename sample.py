@@ -281,7 +281,7 @@ def picture(panels, row_names=()):
     """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
     font = ImageFont.load_default(size=14)
     zoom = max(1, round(48 / max(next(iter(panels.values())).shape[-2:])))      # small images are enlarged
-    grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], padding=0), zoom)
+    grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
              for title, images in panels.items()}
     left = 12 + int(max((font.getlength(name) for name in row_names), default=0))
     widths = [16 + max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]

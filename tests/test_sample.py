@@ -353,10 +353,11 @@ def test_every_option_of_the_command_reaches_algorithm_1(seeded, tmp_path, optio
 
 
 def places(drawn, image):
-    """Where a picture shows an image of 16 x 16 pixels, three times as large: (row, pixels from the left)."""
-    image = image.repeat(3, axis=0).repeat(3, axis=1)
-    return [(row, x) for row in range((len(drawn) - 34) // 48) for x in range(drawn.shape[1] - 47)
-            if np.array_equal(drawn[26 + 48 * row:74 + 48 * row, x:x + 48], image)]
+    """Where a picture shows an image of 16 x 16 pixels, three times as large, with white lines of three pixels
+    around it: (row, pixels from the left)."""
+    image = np.pad(image.repeat(3, axis=0).repeat(3, axis=1), ((3, 3), (3, 3), (0, 0)), constant_values=255)
+    return [(row, x) for row in range((len(drawn) - 37) // 51) for x in range(drawn.shape[1] - 53)
+            if np.array_equal(drawn[26 + 51 * row:80 + 51 * row, x:x + 54], image)]
 
 
 @pytest.mark.parametrize("classes, names, count, row_of", [
