@@ -372,7 +372,7 @@ def test_pictures_have_a_row_per_class_with_its_name_or_make_a_square(
             rows.setdefault(row, []).append((i, x))
     assert sum(map(len, rows.values())) == count
     for row, images in rows.items():
-        assert all(row_of(i) == row for i, _ in images) and (np.diff([x for _, x in images]) == 48).all()
+        assert all(row_of(i) == row for i, _ in images) and (np.diff([x for _, x in images]) == 51).all()
     words = np.asarray(picture({"": torch.zeros(len(rows), 1, 3, 16, 16)}, names))
     left = rows[0][0][1]
     assert np.array_equal(drawn[26:, :left], words[26:, :left])
