@@ -159,7 +159,7 @@ def latent_reconstruction_loss(z_hat_noisy, z, distance="l2"):
         raise ValueError(f"the distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
     with torch.autocast(z.device.type, enabled=False):
         a, b = at_least_float32(z_hat_noisy), at_least_float32(z)
-        # A fresh denoiser predicts 0, where the gradient is 1 / eps; later norms are near sqrt(L).
+        # A fresh denoiser predicts 0, where the gradient's norm is 1 / eps; later norms are near sqrt(L).
         cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1.0)
         return DISTANCES[distance](a, b), (1 - cosine).mean()
 
@@ -178,7 +178,7 @@ def denoiser_consistency_ablation_loss(denoiser, z, z_hat_NOISY, y):
 
     Assumed: SE Eq. 9 with the denoiser in the place of decoder and encoder; the paper's simplified variant is
     in an appendix that is not in our text. Costs a third pass of the denoiser. Returns a scalar."""
-    return latent_consistency_loss(z, denoiser(spherify(z_hat_NOISY), y))
+    return latent_consistency_loss(z, denoiser(spherify(z_hat_NOISY), y), eps=1.0)     # as for Eq. 2 and 3
 
 
 def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0), distance="l2"):

@@ -255,7 +255,7 @@ def load(path, device="cpu", ema=None, config=None):
         sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
         both = "ema" in checkpoint                          # last.pt; the others hold what the preset chose
         if not both and ema not in (None, use_ema):
-            raise ValueError(f"{path} holds no choice of weights, last.pt does; leave --ema, --no-ema out")
+            raise ValueError(f"{path} holds no choice of weights, last.pt does; leave --[no-][use-]ema out")
         weights = checkpoint["ema" if both and (use_ema if ema is None else ema) else "model"]
     model = (SiT if tokenizer else SphereEncoder)(**settings)
     model.load_state_dict(weights)
@@ -340,8 +340,9 @@ def to_pil(x, zoom=1):
 
 
 def pick_device(name=None):
-    """Device of a name; of None, the GPU if there is one. Raises ValueError if it cannot be used."""
-    torch.backends.cudnn.allow_tf32 = False                 # float32 is float32, as in products by default
+    """Device of a name; of None, the GPU if there is one. Turns TF32 off. Raises ValueError if it cannot be
+    used."""
+    torch.backends.cudnn.allow_tf32 = False                 # PyTorch's default for matrix products
     try:
         return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:

@@ -98,11 +98,15 @@ def uniform_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, mapping="si
 
 
 def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=None):
-    """The same, drawn as the official code does where it departs from the paper; batch is at least 3.
+    """The same, drawn as the official code does where it departs from the paper.
 
     r and s are spread over the batch: B - 2 equal strata with one draw each, one exact 0 and one exact 1, in
     random order. A draw below hard_prob also sets the magnitude of a hard case, so that only the lowest
-    tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces."""
+    tenth of the band is reached (80.9 of 85 degrees); sigma_sub is s times the sigma that it replaces.
+    Raises ValueError also for a batch below 3."""
+    if batch < 3:
+        raise ValueError(f"the official draws need a batch of at least 3, got {batch}")
+
     def spread():
         inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
         return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
@@ -116,12 +120,12 @@ def _between(low, high, share, mapping="sigma"):
     """Magnitudes between two angles, at shares of the way that are linear in sigma or in the angle."""
     if high < low:
         raise ValueError(f"alpha_hard must be at least alpha_max, which is at least 0; got {high} and {low}")
+    if mapping not in ("sigma", "angle"):
+        raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
+    least, most = angle_to_sigma(low), angle_to_sigma(high)                 # refuses angles that cannot be
     if mapping == "angle":
         return angle_to_sigma(low + share * (high - low))
-    if mapping != "sigma":
-        raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
-    low, high = angle_to_sigma(low), angle_to_sigma(high)
-    return low + share * (high - low)
+    return least + share * (most - least)
 
 
 def logit_normal_sigmas(batch, alpha_max, mean=0.0, std=1.0, mapping="sigma", generator=None):

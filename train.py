@@ -78,7 +78,7 @@ class Preset:
     distance: str = "l2"                    # between latents: l1, smooth-l1 or l2
     noise: tuple = (0.0, 1.0)               # mean and deviation of the logit-normal noise
 
-    mapping: str = "sigma"                  # what is linear in the noise's r: sigma or, SE C.2, angle
+    mapping: str = "sigma"                  # what is linear in r: sigma or, SE C.2, angle; not if official
     alpha_max: float = 80.0                 # degrees, largest angle of the usual noise
     alpha_hard: float = 85.0                # degrees, largest angle of the hard cases; 0 = none
     official: bool = False                  # draw a Sphere Encoder's noise as the official code does
@@ -307,7 +307,7 @@ def open_run(preset, out, seed, resume, parts):
     last, p = out / "last.pt", preset
     if parts < 1 or p.batch_size < 1 or p.batch_size % parts:
         raise ValueError(f"--batch-size {p.batch_size} must be a multiple of processes x accumulate, {parts}")
-    if p.batch_norm and parts > 1 and not torch.cuda.is_available():
+    if p.batch_norm and (parts > process_rank()[1] or parts > 1 and not torch.cuda.is_available()):
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes on a CPU")
     if len(p.weights) != 5 or p.distance not in DISTANCES or not p.epochs and not p.iterations:
         raise ValueError(f"need five --weights, a --distance in {[*DISTANCES]}, and --epochs or --iterations")
@@ -463,7 +463,7 @@ def draw(path, model, data, columns=5, rows=10):
 
 
 def seeded(seed, purpose, index=0):
-    """A generator of its own for every seed, purpose and index; torch's would use only 32 bits of a seed."""
+    """A generator for a seed, purpose and index, hashed into the 32 bits that torch uses of a CPU's seed."""
     key = (seed, ("order", "draws", "init", "directions", "choice", "loader").index(purpose), index)
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 

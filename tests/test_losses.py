@@ -186,6 +186,9 @@ def test_a_fresh_denoisers_prediction_of_zero_has_a_small_gradient_and_later_one
     distance, cosine = latent_reconstruction_loss(zero, z)
     gradient, = torch.autograd.grad(cosine, zero)
     assert 0.1 < gradient.norm() < 2 and cosine == 1
+    ablation = denoiser_consistency_ablation_loss(lambda v, y: zero, z, z, None)
+    gradient, = torch.autograd.grad(ablation, zero)
+    assert 0.1 < gradient.norm() < 2 and ablation == 1
     z_hat = 0.5 * z.roll(1, 2)                              # norms a little over 1
     exact = 1 - torch.nn.functional.cosine_similarity(z_hat.flatten(1), z.flatten(1))
     torch.testing.assert_close(latent_reconstruction_loss(z_hat, z)[1], exact.mean())

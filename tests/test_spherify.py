@@ -256,6 +256,9 @@ def test_noise_is_standard_normal():
     (lambda: angle_to_sigma(math.nan), "nan"), (lambda: angle_to_sigma(torch.tensor([10.0, 91.0])), ".*91"),
     (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"), (lambda: step_schedule(0, 1.0), "0, 1.0"),
     (lambda: logit_normal_sigmas(4, 85.0, mapping="cosine"), "'cosine'"),
+    (lambda: uniform_sigmas(4, 80.0, 90.05, mapping="angle"), "90.05"),
+    (lambda: official_sigmas(2, 80.0), "2"),
+    (lambda: logit_normal_sigmas(4, 95.0, mapping="angle"), "95.0"),
     (lambda: truncate_noise(torch.zeros(2), 0.0), "0.0"), (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
     (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)), (lambda: step_schedule(4, -1.0), "4, -1.0"),
 ])

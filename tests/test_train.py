@@ -844,6 +844,12 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not Path("run").exists()
 
 
+def test_batch_norm_is_refused_with_micro_batches_also_where_there_is_a_gpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["--batch-norm", "--accumulate", "2", "--device", "cpu", "--out", tmp_path / "run"]
+    assert "--batch-norm" in refused(capsys, *words) and not (tmp_path / "run").exists()
+
+
 # ---- Sphere Latent Encoder ----
 
 
