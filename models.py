@@ -83,8 +83,7 @@ class SphereEncoder(nn.Module):
 
         v        [B, N, d]     norm sqrt(L)
         y        [B] int64     class 0..K, or None for the null class K; an unconditional model ignores it
-        returns  [B, 3, H, W]  image in [-1, 1] (the head ends in tanh), float32 (float64 if the weights are)
-        """
+        returns  [B, 3, H, W]  image in [-1, 1] (a tanh ends it), float32 (float64 if the weights are)"""
         return at_least_float32(self.decoder(v, labels_or_null(v, y, self.num_classes)))
 
 
@@ -646,8 +645,7 @@ def convert_official(state_dict):
 def convert_official_config(cfg):
     """The dictionary in a released cfg.json -> keyword arguments of SphereEncoder.
 
-    Raises KeyError for a missing key, ValueError for an option without weights that the paper does not use.
-    """
+    Raises KeyError for a missing key, ValueError for a weightless option that the paper does not use."""
     if cfg.get("spherify_model"):
         raise ValueError("its spherify_model is set, which no released model has")
     return dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"], latent_dim=cfg["token_channels"],

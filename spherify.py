@@ -111,7 +111,7 @@ def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=
         inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
         return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
 
-    base, s, decides = spread() * angle_to_sigma(alpha_max), spread(), torch.rand(batch, generator=generator)
+    base, s, decides = _between(0, alpha_max, spread()), spread(), torch.rand(batch, generator=generator)
     hard = base if alpha_hard is None else _between(alpha_max, alpha_hard, decides)
     return torch.where(decides < hard_prob, hard, base), 0.5 * s * base
 

@@ -244,8 +244,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             save(0)                                         # from here on the folder is a run to resume
         window, bar = [], tqdm(total=total, initial=start, unit="it", disable=rank > 0 or None)
         for step, (images, labels) in zip(range(start, total), loader):
+            lr = learning_rate(preset, step, total)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(preset, step, total) * group["lr_scale"]
+                group["lr"] = lr * group["lr_scale"]
             drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
             sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
             e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
@@ -282,7 +283,6 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             model.eval()
             if rank == 0:
                 with open(out / "log.jsonl", "a") as file:
-                    lr = optimizer.param_groups[-1]["lr"]
                     file.write(json.dumps({"step": done, **means, "lr": lr}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
                 if done % save_every == 0 or ends or stops:

@@ -59,21 +59,20 @@ def test_the_official_sampler_shares_noise_from_step_two_and_ends_its_decay_at_o
     assert torch.equal(generate(model, Y, 3, official=True, **fresh), generate(model, Y, 3, **fresh))
 
 
-@pytest.mark.parametrize("schedule, last", [("eq13", 0.0), ("released", 1 / 3)])
+@pytest.mark.parametrize("schedule, strengths, other", [
+    ("eq13", (1 / 2, 0.0), "released"), ("released", (2 / 3, 1 / 3), "eq13")])      # gamma = 1, T = 3
 def test_either_sampler_decays_its_noise_by_either_schedule_whatever_else_is_official(
-        model, denoiser, schedule, last):
-    r, sigma_max = (1 + last) / 2, angle_to_sigma(70.0)                     # gamma = 1, T = 3
+        model, denoiser, schedule, strengths, other):
     options = dict(alpha=70.0, gamma=1.0, schedule=schedule, seed=5)
-    e = noise(model)[0]
+    e, sigma_max = noise(model)[0], angle_to_sigma(70.0)
     x = model.decode(spherify(e), Y)
     z = denoiser(spherify(e), Y)
-    for r in (r, last):
+    for r in strengths:
         x = model.decode(add_noise(spherify(model.encode(x, Y)), r * sigma_max, e), Y)
         z = denoiser(add_noise(spherify(z), r * sigma_max, e), Y)
     torch.testing.assert_close(generate(model, Y, 3, **options), x)
     decoded = denoiser.tokenizer.decode(z).clamp(-1, 1)
     torch.testing.assert_close(generate_latent(denoiser, Y, 3, **options), decoded)
-    other = {"eq13": "released", "released": "eq13"}[schedule]
     for sampler, network in ((generate, model), (generate_latent, denoiser)):
         official = [sampler(network, Y, 3, **{**options, "schedule": name}, official=True)
                     for name in (schedule, other)]
@@ -353,8 +352,8 @@ def test_every_option_of_the_command_reaches_algorithm_1(seeded, tmp_path, optio
 
 
 def places(drawn, image):
-    """Where a picture shows an image of 16 x 16 pixels, three times as large, with white lines of three pixels
-    around it: (row, pixels from the left)."""
+    """Where a picture shows an image of 16 x 16 pixels, three times as large, within white lines of three
+    pixels: (row, pixels from the left)."""
     image = np.pad(image.repeat(3, axis=0).repeat(3, axis=1), ((3, 3), (3, 3), (0, 0)), constant_values=255)
     return [(row, x) for row in range((len(drawn) - 37) // 51) for x in range(drawn.shape[1] - 53)
             if np.array_equal(drawn[26 + 51 * row:80 + 51 * row, x:x + 54], image)]

@@ -144,7 +144,8 @@ def test_no_two_purposes_steps_or_seeds_share_a_generator():
 
 
 @pytest.mark.parametrize("weights, large", [
-    ((1.0, 1.0, 0.5, 0.5, 0.1), False), ((1.0, 1.0, 0.0, 0.5, 0.1), False), ((1.0, 1.0, 0.0, 0.0, 0.1), True)])
+    ((1.0, 1.0, 0.5, 0.5, 0.1), False), ((1.0, 1.0, 0.0, 0.5, 0.1), False),
+    ((1.0, 1.0, 0.0, 0.0, 0.1), True)])
 def test_officially_reconstruction_without_pixel_consistency_is_from_the_large_noise(weights, large):
     for official in (True, False):
         drawn = random_draws(replace(PRESETS["digits"], official=official, weights=weights), 0, 0)
@@ -538,7 +539,8 @@ def test_digits_are_split_1500_297_and_repeated_to_three_channels():
     data, held_out, names = load_data(PRESETS["digits"])
     assert (len(data), len(held_out), names) == (1500, 297, list("0123456789"))
     image, label = data[0]
-    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and label in range(10) and image.max() > 200
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and image.max() > 200
+    assert label in range(10)
     assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
 
 
@@ -646,7 +648,7 @@ def test_exported_images_are_those_of_the_data_set_and_can_be_trained_on(tmp_pat
 # ---- presets ----
 
 
-SIZES = {   # preset: parameters of the released model, as published or counted in its code; predicted: SiT-B's
+SIZES = {   # preset: parameters of the released model, published or counted in its code; SiT-B's predicted
     "cifar10": 921_569_387, "cifar10-uncond": 615_061_611, "animal-faces": 642_148_324,
     "flowers102": 948_844_516, "imagenet-l": 950_354_532, "imagenet-xl": 1_388_922_404,
     "cifar10-base": 263_818_155, "imagenet-base": 287_914_916,
@@ -901,7 +903,8 @@ def test_cached_latents_are_the_tokenizers_and_train_the_same_model(
     assert lines(again / "log.jsonl") == lines(cached / "log.jsonl")         # one cache serves several runs
     data = load_data(preset)[0]
     cache = train.LatentCache(path, data, tokenizer, True, "cpu")
-    assert len(cache.targets) == 12 and len(pickle.dumps(cache)) < 1000 < path.stat().st_size   # opened by its path
+    assert len(cache.targets) == 12
+    assert len(pickle.dumps(cache)) < 1000 < path.stat().st_size            # opened by its path
     for i, (z, label) in enumerate(pickle.loads(pickle.dumps(cache))):
         x = sample.to_float(data[i][0])
         torch.testing.assert_close(z, tokenizer.encode(torch.stack([x, x.flip(2)])), rtol=1e-4, atol=1e-5)
