@@ -1,7 +1,7 @@
 """FID and its relatives: Inception Score, precision and recall, of images in folders or in memory.
 
     python fid.py out/samples/images data/photos            # generated images against real ones
-    python fid.py out/samples/images reference.npz          # against stored statistics
+    python fid.py out/samples/images.npz reference.npz      # npz: images, or stored statistics
     python fid.py data/photos --save reference.npz
 
 FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. Precision, recall: Kynkaanniemi et al. 2019.
@@ -9,6 +9,7 @@ FID: Heusel et al. 2017. Inception Score: Salimans et al. 2016. Precision, recal
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -18,13 +19,14 @@ import warnings
 import zipfile
 from collections import namedtuple
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchvision.models import inception
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -35,7 +37,10 @@ FEATURES = ("torch-fidelity", "pytorch-fid", "pixels")
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
 INCEPTION_SIZE = 299                    # pixels
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+ORIENTATION = 274                       # tag of EXIF data, 2 to 8 where the image has to be turned:
+UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+HIDDEN = (".", "__MACOSX", "@eaDir")    # how names begin of files and folders that systems put beside images
 
 # ---- Measures ----------------------------------------------------------------------------------------------
 
@@ -78,8 +83,14 @@ def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of the predicted classes, for each of several parts of the images.
 
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
-    returns  (mean, standard deviation) over the parts"""
-    scores, n = [], len(logits)
+    returns  (mean, standard deviation) over the parts, at most the images of a part: a warning says so if
+             these are fewer than the classes. Raises ValueError if they are not even two"""
+    scores, (n, classes) = [], logits.shape
+    if n <= splits:
+        raise ValueError(f"an Inception Score of {splits} parts needs more than {splits} images, got {n}")
+    if n < splits * classes:
+        warnings.warn(f"the Inception Score of {n} images in {splits} parts is at most {n / splits:g}; "
+                      f"published ones use 50,000 images")
     order = np.random.RandomState(2020).permutation(n)
     for part in np.split(order, [i * n // splits for i in range(1, splits)]):
         p = logits[torch.from_numpy(part)].cpu().double().softmax(dim=1)                    # [part, classes]
@@ -167,33 +178,45 @@ def compare(generated, real, features):
     name, logits = "Fréchet distance" if features == "pixels" else "FID", generated.logits
     rows = {name: frechet_distance(mu1, sigma1, mu2, sigma2)}
     if logits is not None and logits.shape[1]:
-        rows["Inception Score"], rows["its deviation"] = inception_score(logits, min(10, len(logits)))
+        try:
+            rows["Inception Score"], rows["its deviation"] = inception_score(logits)
+        except ValueError as error:
+            warnings.warn(f"left out: {error}")
     if generated.features is not None and real.features is not None:
         rows["precision"], rows["recall"] = precision_recall(generated.features, real.features)
     return rows
 
 
-def save_statistics(path, statistics, features):
-    """Write npz: mu (float32: the official code insists), sigma, count, features. Overwrites nothing."""
-    mu, sigma = statistics.mean.float(), statistics.covariance                  # before the file exists
-    with open(path, "xb") as file:
-        np.savez_compressed(file, mu=mu, sigma=sigma, count=statistics.count, features=features)
+def save_statistics(file, statistics, features):
+    """Write npz: mu (float32: the official code insists), sigma, features, and how many images, if known."""
+    known = {"count": statistics.count} if statistics.count else {}
+    np.savez_compressed(file, mu=np.float32(statistics.mean), sigma=np.float64(statistics.covariance),
+                        features=features, **known)
 
 
 def load_statistics(path, features):
-    """Extracted from an npz of this or another tool: mu [D], sigma [D, D], perhaps count and features. Raises
-    OSError or ValueError that names the file, also if its features are said to be others."""
+    """What an npz file of this or another tool holds: Extracted from mu [D], sigma [D, D], perhaps count and
+    features; else the images uint8 [n, H, W, 3] called arr_0, as [n, 3, H, W]. Raises OSError or ValueError
+    that names the file, also if its features are said to be others."""
     try:
         with np.load(path) as file:
-            stored = {name: file[name] for name in ("mu", "sigma", "count", "features") if name in file.files}
-        mu, sigma = stored["mu"], stored["sigma"]
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-            raise ValueError(f"mu has shape {mu.shape}, sigma {sigma.shape}")
+            if "mu" not in file.files and "arr_0" in file.files:
+                x = file["arr_0"]
+                if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
+                    raise ValueError(f"arr_0 is {x.dtype} {x.shape}, images are uint8 [n, height, width, 3]")
+                return torch.from_numpy(x).permute(0, 3, 1, 2)
+            mu, sigma, count, said = file["mu"], file["sigma"], None, features
+            with contextlib.suppress(KeyError, ValueError):             # another tool may mean an array by it
+                count = int(file["count"].item())
+            with contextlib.suppress(KeyError, ValueError):
+                said = file["features"].item()
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu.sum() + sigma.sum()):
+            raise ValueError(f"mu has shape {mu.shape}, sigma {sigma.shape}, or they are not finite")
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an npz file with statistics mu and sigma ({error})") from None
-    if stored.get("features", features) != features:
-        raise ValueError(f"{path} holds statistics of {stored['features']}; name them: --features")
-    return Extracted(Stored(mu, sigma, int(stored["count"]) if "count" in stored else None))
+        raise ValueError(f"{path}: not an npz file of statistics (mu, sigma) or images ({error})") from None
+    if said != features:
+        raise ValueError(f"{path} holds statistics of {said}; name them: --features")
+    return Extracted(Stored(mu, sigma, count))
 
 
 # ---- Network -----------------------------------------------------------------------------------------------
@@ -294,63 +317,154 @@ def to_uint8(x, truncate=False):
 
 
 def read_image(path):
-    """One image file -> PIL image in RGB, turned upright as its EXIF data say. Grey and palette images become
-    RGB, 16-bit grey ones 8-bit; an alpha channel is dropped. Raises ValueError naming the file if it is no
-    readable image, or an animated one."""
+    """One image file -> PIL image in RGB, turned upright as its EXIF data say, on white where transparent.
+
+    Grey and palette images become RGB; grey floats 0..1 and integers 0..65535 become 8 bits; an MPO of phones
+    is its first frame. Raises ValueError naming the file if it is no readable image, an animated one, or one
+    of more than 8 bits that does not fill its range, as 12 bits in 16 do: it would be nearly black."""
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError(f"{image.n_frames} frames, expected a still image")
-            if image.mode.startswith("I"):                              # convert() would clip it, not scale
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from None
+            packing, x, top, turn = str(image.tile), None, 255, None
+            image.load()
+            with contextlib.suppress(Exception):            # malformed EXIF data: the pixels are fine
+                turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+            image = image if turn is None else image.transpose(turn)
+            if image.mode[0] in "IF":                       # grey; convert() would clip it, not scale
+                top = 1 if image.mode == "F" else 32767 if ";16S" in packing else 65535
+                x = np.where(np.asarray(image) == image.info.get("transparency"), top, image)
+                image = Image.fromarray(to_uint8(torch.from_numpy(x / top)).numpy())
+            elif ";16" in packing:                          # of 16 bits per colour Pillow gives the upper 8
+                x = np.asarray(image.convert("RGB"))
+            if x is not None and not (0 <= x.min() and top / 16 <= x.max() <= top):
+                raise ValueError(f"values of {x.min()} to {x.max()}, expected 0 to {top}: scale them first")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    warnings.warn("transparent parts of images become white")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:                              # Pillow knows a dozen kinds
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def find_images(folder):
+    """Paths of all images below a folder, sorted. Links are followed, HIDDEN names left out; a warning names
+    what else was left out. Raises ValueError for a folder without images."""
+    paths, others = [], []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        here = Path(where).resolve()                        # a link to a folder above would have no end
+        folders[:] = [name for name in folders
+                      if not name.startswith(HIDDEN) and not here.is_relative_to((here / name).resolve())]
+        for path in (Path(where, name) for name in files if not name.startswith(HIDDEN)):
+            (paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() else others).append(path)
+    if not paths:
+        raise ValueError(f"{folder}: no such folder, or no images in it or below (looked for "
+                         f"{' '.join(IMAGE_SUFFIXES)})")
+    if others:
+        warnings.warn(f"{folder}: left out {len(others)} files that are no images, such as {min(others)}")
+    return sorted(paths)
 
 
 class ImageSet:
-    """All images under a folder, sorted by path, each uint8 [3, H, W]; for a DataLoader. Raises ValueError,
-    naming folder or file: no images, unequal sizes."""
+    """Image files, each as uint8 [3, H, W], after a transform of the PIL image."""
 
-    def __init__(self, folder):
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        self.others = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
-        if not self.paths:
-            raise ValueError(f"{folder}: no such folder, or no images in it or below (looked for "
-                             f"{' '.join(sorted(IMAGE_SUFFIXES))})")
-        self.size = read_image(self.paths[0]).size
+    def __init__(self, paths, transform=pil_to_tensor):
+        self.paths, self.transform = paths, transform
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        image = read_image(self.paths[i])
-        if image.size != self.size:
-            raise ValueError(f"{self.paths[i]} has {image.width}x{image.height} pixels, {self.paths[0]} "
-                             f"{self.size[0]}x{self.size[1]}; resize them all alike first")
-        return pil_to_tensor(image)
+        return self.transform(read_image(self.paths[i]))
+
+    def batches(self, size=64):
+        """Yield all images as [size, 3, H, W], read by threads: Pillow decodes without Python's lock. Raises
+        ValueError for unequal sizes, and at the end, naming every file that cannot be read."""
+        faults, first = [], None
+        with ThreadPool() as pool:
+            for i in tqdm(range(0, len(self), size), "reading images", unit="batch", disable=None):
+                images = pool.map(self._image_or_fault, range(i, min(i + size, len(self))))
+                faults += [fault for fault in images if isinstance(fault, str)]
+                for path, x in zip(self.paths[i:], [] if faults else images):
+                    first = x if first is None else first
+                    if x.shape != first.shape:
+                        raise ValueError(f"{path} has {x.shape[2]}x{x.shape[1]} pixels, {self.paths[0]} "
+                                         f"{first.shape[2]}x{first.shape[1]}; resize them all alike first")
+                if not faults:
+                    yield torch.stack(images)
+        if faults:
+            raise ValueError(f"{len(faults)} of {len(self)} images cannot be used; remove or replace them: "
+                             f"{'; '.join(faults)}")
+
+    def _image_or_fault(self, i):
+        try:
+            return self[i]
+        except ValueError as error:
+            return str(error)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
+def whole_file(path, overwrite=True):
+    """A file to write beside a path, which takes the path's name when it is whole and is removed if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{uuid4().hex}.tmp")               # of this writer alone
+    try:
+        with open(beside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite or not path.exists():                  # perhaps another process came first
+            os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error                  # torch.save hides that of a full disk
+        full = isinstance(cause, OSError) and cause.errno and not cause.filename
+        raise OSError(f"{path} not written: {cause.strerror}") if full else error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def pick_device(name=None):
+    """Device of a name; of None, the GPU if there is one. Turns TF32 off. Raises ValueError for no device."""
+    torch.backends.cudnn.allow_tf32 = False                 # PyTorch's default for matrix products
+    gpu = torch.cuda.is_available()
+    try:
+        x = torch.zeros(1, device=name or ("cuda" if gpu else "cpu"))
+        x.item()                                            # there are devices without numbers
+        return x.device
+    except Exception:
+        raise ValueError(f"--device {name} cannot be used here, but cpu{' and cuda' * gpu} can") from None
+
+
+@contextlib.contextmanager
 def errors_in_one_line(program):
     """The one place where a mistake becomes a line, with exit code 2, as a warning does; of all commands."""
-    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"
+    first = os.environ.get("RANK", "0") == "0"              # the others of torchrun would say the same
+    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n" if first else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")            # a console may lack a letter
     try:
+        if program != "train.py" and "WORLD_SIZE" in os.environ:
+            raise ValueError(f"runs as one process: python {program}; only train.py runs under torchrun")
         yield
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError, TypeError) as error:
         message = str(error) or "interrupted"
         if isinstance(error, (RuntimeError, TypeError)) and not re.search(
-                "state_dict|keyword arg|multiple values|not supported between", message):
+                "state_dict|keyword arg|multiple values|not supported between|compiler", message):
             raise                                           # a mistake of ours
+        if "compiler" in message:
+            message = f"--compile finds no compiler that works: {message}"
         if "Original Traceback" in message:                 # of a process that reads images: look at the end
             message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
-        if os.environ.get("RANK", "0") != "0":
+        if not first:
             time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one now
-        print(f"{program}: {' '.join(message.split())[:1000]}", file=sys.stderr)
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
@@ -365,26 +479,26 @@ def main(argv=None):
         help="of Inception, fed as by torch-fidelity or pytorch-fid, or raw pixels (%(default)s)")
     add("--save", metavar="FILE.npz", help="write the statistics of A")
     add("--batch-size", type=int, default=50, help="images at a time (%(default)s)")
-    add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--device", help="(cuda if there is one, else cpu)")
     add("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     if not args.reference and not args.save:
         raise ValueError("give a second folder or npz file to compare with, or --save FILE.npz")
     if args.save and Path(args.save).exists():
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
-    sets = [load_statistics(path, args.features) if path.endswith(".npz") else ImageSet(path)
-            for path in (args.images, args.reference) if path]
-    network = None
-    for k, images in enumerate(sets):
-        if isinstance(images, ImageSet):
-            network = network or feature_network(args.features, args.device)
-            if images.others:
-                warnings.warn(f"{images.others[0]} and {len(images.others) - 1} other files are no images")
-            batches = DataLoader(images, args.batch_size, num_workers=args.workers)
-            sets[k] = extract(tqdm(batches, unit="batch", disable=None), network, args.device)
-    if args.save:
-        save_statistics(args.save, sets[0].statistics, args.features)
+    device = pick_device(args.device)
+    saved = whole_file(args.save, overwrite=False) if args.save else contextlib.nullcontext()
+    with saved as file:                                     # a place that cannot be written to fails now
+        sets = [load_statistics(path, args.features) if path.lower().endswith(".npz")
+                else ImageSet(find_images(path)) for path in (args.images, args.reference) if path]
+        network = None
+        for k, images in enumerate(sets):
+            if not isinstance(images, Extracted):
+                network = network or feature_network(args.features, device)
+                split = images.batches if isinstance(images, ImageSet) else images.split
+                sets[k] = extract(split(args.batch_size), network, device)
+        if args.save:
+            save_statistics(file, sets[0].statistics, args.features)
     if args.reference:
         result = {"images": args.images, "reference": args.reference, "features": args.features,
                   "counts": [images.statistics.count for images in sets], **compare(*sets, args.features)}

@@ -1,5 +1,11 @@
+import errno
+import io
 import json
+import os
+import struct
+import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +15,12 @@ import torch
 from PIL import Image
 
 import fid
+import sample
 from conftest import ROOT, one_line
 from fid import frechet_distance, read_image, to_uint8
 from losses import sliced_wasserstein_loss
 from spherify import truncate_noise
+from train import PRESETS, load_data
 
 D = 64
 RNG = np.random.default_rng(0)
@@ -103,15 +111,134 @@ def test_to_uint8_rounds_to_nearest_and_clamps():
     assert to_uint8(levels).tolist() == list(range(256))
 
 
-def test_images_of_any_mode_are_read_as_rgb_and_upright(tmp_path):
-    image = Image.fromarray(RNG.integers(0, 256, (5, 8, 3), dtype=np.uint8))
-    for mode in ("RGB", "L", "RGBA", "P"):
-        image.convert(mode).save(tmp_path / "a.png")
-        assert read_image(tmp_path / "a.png").mode == "RGB" and read_image(tmp_path / "a.png").size == (8, 5)
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                        # turned by a quarter
-    image.save(tmp_path / "b.png", exif=exif)
-    assert read_image(tmp_path / "b.png").size == (5, 8)
+IMAGE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (5, 8, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_images_of_any_mode_are_read_as_rgb(tmp_path, mode):
+    IMAGE.convert(mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    x = read_image(next(tmp_path.iterdir()))
+    assert x.mode == "RGB" and x.size == (8, 5)
+    assert np.array_equal(x, IMAGE.convert(mode).convert("RGB"))
+
+
+EXIF = b"Exif\0\0II*\0\x08\0\0\0"
+BROKEN_TAG = struct.pack("<HHII", 0x100, 2, 4, 0x00636261)                  # a width that is a text
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("orientation, turned", [
+    (1, lambda x: x), (2, np.fliplr), (3, lambda x: np.rot90(x, 2)), (4, np.flipud),
+    (5, lambda x: x.swapaxes(0, 1)), (6, lambda x: np.rot90(x, -1)),
+    (7, lambda x: np.rot90(x, 2).swapaxes(0, 1)), (8, np.rot90), (9, lambda x: x)])
+def test_images_are_turned_upright_by_their_tag_alone(tmp_path, orientation, turned, broken):
+    tags = [BROKEN_TAG] * broken + [struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0)]
+    IMAGE.save(tmp_path / "a.webp", lossless=True,
+               exif=EXIF + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4))
+    assert np.array_equal(read_image(tmp_path / "a.webp"), turned(np.asarray(IMAGE)))
+
+
+def test_an_image_with_broken_exif_data_is_read_and_of_a_phones_two_frames_the_first(tmp_path):
+    for k, exif in enumerate((EXIF + b"\xff\xff", b"Exif\0\0II*\0\xff\xff", b"Exif\0\0")):
+        IMAGE.save(tmp_path / f"{k}.webp", lossless=True, exif=exif)
+        assert np.array_equal(read_image(tmp_path / f"{k}.webp"), IMAGE)
+    red, blue = (Image.new("RGB", (8, 5), colour) for colour in ((200, 0, 0), (0, 0, 200)))
+    red.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[blue])
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), int) - red).max() < 5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white_and_that_is_said(tmp_path, mode):
+    image = IMAGE.convert(mode)
+    if mode == "P":
+        image.save(tmp_path / "a.png", transparency=bytes(256))
+    else:
+        image.putalpha(0)
+        image.save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="transparent parts of images become white"):
+        assert (np.asarray(read_image(tmp_path / "a.png")) == 255).all()
+
+
+GREY = np.array([[0, 100, 255]])
+
+
+@pytest.mark.parametrize("pixels, suffix", [
+    (np.float32(GREY / 255), "tif"), (np.uint16(257 * GREY), "png"), (np.uint16(257 * GREY), "tif"),
+    (np.int32(257 * GREY), "tif")])
+def test_grey_values_of_more_than_8_bits_are_scaled(tmp_path, pixels, suffix):
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{suffix}"))[..., 0], GREY)
+
+
+@pytest.mark.parametrize("pixels, suffix", [
+    (np.float32(GREY), "tif"), (np.float32(GREY / 255 - 0.1), "tif"), (np.float32([[0, np.nan, 1]]), "tif"),
+    (np.int32(GREY), "tif"), (np.int32(2**23 * GREY), "tif"), (np.uint16(4095 / 255 * GREY), "png"),
+    (np.uint16(4095 / 255 * GREY), "tif")])
+def test_values_that_do_not_fill_their_range_are_refused_by_name(tmp_path, pixels, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=f"{path}.*expected 0 to"):
+        read_image(path)
+
+
+def test_12_bits_in_16_of_a_colour_are_refused_by_name(tmp_path):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    for top, refused in ((4095, True), (65535, False)):
+        row = b"\0" + struct.pack(">6H", 0, top // 2, top, top, 0, 9)
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(
+            b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(row))
+            + chunk(b"IEND", b""))
+        if refused:
+            with pytest.raises(ValueError, match="a.png.*values of 0 to 15"):
+                read_image(tmp_path / "a.png")
+        else:
+            assert np.asarray(read_image(tmp_path / "a.png")).tolist() == [[[0, 127, 255], [255, 0, 0]]]
+
+
+def odd_folder(root):
+    """Two classes of six images, with everything beside them that is met in practice."""
+    for path in ("real/a/1.PNG", "real/a/2.jfif", "a/deep/3.gif", "b/1.png", "b/2.tiff", "b/3.bmp",
+                 ".ipynb_checkpoints/1.png", "__MACOSX/b/._1.png", "b/._1.png", "b/.hidden.png", "@eaDir/1.png"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        IMAGE.save(root / path, "JPEG" if path.endswith("jfif") else None)
+    for path in ("notes.txt", "b/labels.csv", "b/.DS_Store"):
+        (root / path).write_text("text")
+    (root / "empty").mkdir()
+    (root / "real/a/1.PNG").rename(root / "a/1.PNG")
+    (root.parent / "elsewhere").mkdir()
+    (root / "real/a/2.jfif").rename(root.parent / "elsewhere/2.jfif")
+    (root / "real/a").rmdir()
+    (root / "real").rmdir()
+    (root / "a/linked").symlink_to(root.parent / "elsewhere")
+    (root / "b/loop").symlink_to(root)
+    (root / "b/broken.png").symlink_to("nowhere")
+    os.mkfifo(root / "b/pipe.png")
+    return root
+
+
+def test_one_reader_finds_the_images_of_a_folder_with_every_oddity(tmp_path):
+    root = odd_folder(tmp_path / "photos")
+    with pytest.warns(UserWarning, match="left out 4 files that are no images, such as"):
+        paths = fid.find_images(root)
+    assert [str(path.relative_to(root)) for path in paths] == [
+        "a/1.PNG", "a/deep/3.gif", "a/linked/2.jfif", "b/1.png", "b/2.tiff", "b/3.bmp"]
+    with pytest.warns(UserWarning):
+        data, held_out, names = load_data(replace(PRESETS["folder"], data=str(root), image_size=8))
+    assert data.paths == tuple(paths) and held_out is None
+    assert (names, data.targets) == (["a", "b"], [0, 0, 0, 1, 1, 1])
+
+
+def test_every_image_that_cannot_be_used_is_named(folders, tmp_path, capsys):
+    for name in ("02", "11"):
+        (tmp_path / "A" / f"{name}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "A" / f"{name}.png").write_bytes(b"rubbish")
+        IMAGE.save(tmp_path / "A" / f"{name}x.png")
+    with pytest.raises(SystemExit):
+        fid.main([str(tmp_path / "A"), folders[0], "--features", "pixels"])
+    line = one_line(capsys, "fid.py: 2 of 4 images cannot be used")
+    assert "02.png" in line and "11.png" in line and "x.png" not in line
 
 
 # ---- Inception, against the tools whose numbers papers quote ----
@@ -386,11 +513,14 @@ def test_inception_weights_that_cannot_be_had_name_file_and_url(
 
 @pytest.mark.parametrize("argv, named", [
     ("A empty", "no images in it"), ("A nowhere", "no such folder"), ("A sizes", "32x32"),
-    ("A corrupt", "9.JPG: not a readable image"), ("A corrupt --workers 1", "9.JPG: not a readable image"),
+    ("A corrupt", "9.JPG: not a readable image"),
     ("A animated", "2 frames"), ("one --save new.npz", "at least 2 images"), ("A", "--save"),
     ("A missing.npz", "missing.npz"), ("A damaged.npz", "damaged.npz: not an npz file"),
     ("A other.npz", "other.npz: not an npz file"), ("A inception.npz", "statistics of torch-fidelity"),
-    ("A B --save damaged.npz", "already exists"),
+    ("A B --save damaged.npz", "already exists"), ("A --save damaged.npz/new.npz", "damaged.npz"),
+    ("A missing.npz --save new.npz", "No such file or directory: 'missing.npz'"),
+    ("A B --device abacus", "--device abacus"), ("A B --device meta", "--device meta"),
+    ("A floats.npz", "floats.npz: not an npz file"), ("A nan.npz", "nan.npz: not an npz file"),
 ])
 def test_mistakes_of_the_command_are_one_line_and_write_nothing(
         folders, tmp_path, monkeypatch, capsys, argv, named):
@@ -405,6 +535,8 @@ def test_mistakes_of_the_command_are_one_line_and_write_nothing(
     image.save("animated/9.gif", save_all=True, append_images=[image.rotate(90)])
     Path("damaged.npz").write_bytes(b"rubbish")
     np.savez("other.npz", mean=np.zeros(768))
+    np.savez("floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
+    np.savez("nan.npz", mu=np.full(768, np.nan), sigma=np.eye(768))
     np.savez("inception.npz", mu=np.zeros(2048), sigma=np.eye(2048), features="torch-fidelity")
     content = lambda: {path: path.read_bytes() for path in Path().rglob("*.*")}
     before = content()
@@ -414,6 +546,63 @@ def test_mistakes_of_the_command_are_one_line_and_write_nothing(
     assert exit.value.code == 2 and named in one_line(capsys, "fid.py: ") and content() == before
 
 
-def test_16_bit_grey_images_are_scaled_and_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "a.png")
-    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 100, 255]
+def test_npz_files_of_images_are_read_as_their_folder_and_foreign_keys_are_ignored(folders, tmp_path, capsys):
+    x = np.stack([np.asarray(read_image(path)) for path in fid.find_images(folders[0])])
+    np.savez(tmp_path / "x.npz", arr_0=x, arr_1=np.arange(12))
+    fid.main([folders[1], "--save", str(tmp_path / "b.npz"), "--features", "pixels"])
+    with np.load(tmp_path / "b.npz") as stored:
+        np.savez(tmp_path / "b2.npz", mu=stored["mu"], sigma=stored["sigma"], features=np.zeros((9, 768)),
+                 labels=np.array(["a", None], object), count=np.array("many"))
+    results = []
+    for pair in ((folders[0], folders[1]), (str(tmp_path / "x.npz"), folders[1]),
+                 (str(tmp_path / "x.npz"), str(tmp_path / "b2.npz"))):
+        fid.main([*pair, "--features", "pixels", "--json"])
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    folder, images, foreign = results
+    assert {**folder, "images": ""} == {**images, "images": ""}
+    assert foreign["Fréchet distance"] == pytest.approx(folder["Fréchet distance"], rel=1e-5)
+    fid.main([str(tmp_path / "b.npz"), folders[0], "--features", "pixels", "--save", str(tmp_path / "b3.npz")])
+    with np.load(tmp_path / "b.npz") as b, np.load(tmp_path / "b3.npz") as again:       # A's statistics, not B's
+        assert all(np.array_equal(b[name], again[name]) for name in ("mu", "sigma", "count", "features"))
+
+
+def test_an_inception_score_of_few_images_is_left_out_or_its_bound_is_said():
+    logits, pool = torch.randn(40, 1008), torch.randn(40, 5)
+    some = lambda n: fid.Extracted(fid.FeatureStatistics(5).update(pool[:n]), pool[:n], logits[:n])
+    with pytest.warns(UserWarning, match="left out: an Inception Score of 10 parts needs more than 10 images"):
+        assert "Inception Score" not in fid.compare(some(10), some(40), "torch-fidelity")
+    with pytest.warns(UserWarning, match="of 40 images in 10 parts is at most 4;"):
+        assert fid.compare(some(40), some(40), "torch-fidelity")["Inception Score"] <= 4
+
+
+# ---- files and processes ----
+
+
+@pytest.mark.parametrize("write", [
+    lambda file: file.write(bytes(10_000)), lambda file: torch.save({"x": torch.zeros(5000)}, file)])
+def test_on_a_full_disk_the_old_file_stays_whole_and_nothing_is_left(tmp_path, write):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.pt").write_bytes(b"old")
+    with pytest.raises(OSError, match="a.pt not written: No space left on device"):
+        with fid.whole_file(tmp_path / "a.pt"):
+            write(Full())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == b"old"
+
+
+def test_a_console_without_a_letter_ends_no_command(folders, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    fid.main([*folders, "--features", "pixels"])
+    console.flush()
+    assert b"Fr?chet distance" in console.buffer.getvalue()
+
+
+@pytest.mark.parametrize("program", [fid, sample])
+def test_programs_of_one_process_say_so_under_torchrun(monkeypatch, capsys, program):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        program.main(["a", "b"])
+    assert "torchrun" in one_line(capsys, f"{program.__name__}.py: ")
