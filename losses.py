@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.models import convnext_small
 from torchvision.transforms.functional import normalize
 
-from models import pretrained
+from models import SiT, pretrained
 from spherify import add_noise, at_least_float32, spherify
 
 WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")  # order of weights
@@ -204,6 +204,24 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
              else z.new_zeros(())]
     loss = sum(weight * part for weight, part in zip(weights, parts) if weight)
     return loss, {name: part.detach() for name, part in zip(LATENT_WEIGHT_NAMES, parts)}
+
+
+class Objective(nn.Module):
+    """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile."""
+
+    def __init__(self, model, preset):
+        super().__init__()
+        self.model, self.preset = model, preset
+        sees = not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3])
+        self.perceptual = perceptual_distance(preset.perceptual) if sees else None
+
+    def forward(self, x, y, sigma, sigma_sub, e, directions=None):
+        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
+        p = self.preset
+        if isinstance(self.model, SiT):
+            return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance)
+        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual,
+                                   p.swd_weight, directions)
 
 
 # ---- Perceptual distance -----------------------------------------------------------------------------------

@@ -629,6 +629,21 @@ def cost(preset, coder_preset=None):
         f"T = {T}": T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in (1, 2, 4, 6)}
 
 
+def kept_bytes(module, call):
+    """Bytes that a call of a module keeps for its backward pass, its own parameters and buffers aside."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    for own in (*module.parameters(), *module.buffers()):
+        kept.pop(own.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
 # ---- Released weights --------------------------------------------------------------------------------------
 # Only names are translated here; load_state_dict then names every key that is missing, unknown or misshapen.
 

@@ -9,11 +9,12 @@ import argparse
 import ast
 import json
 import math
-import os
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from fid import errors_in_one_line, read_image, to_uint8
+from fid import errors_in_one_line, pick_device, read_image, to_uint8, whole_file
 from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config
 from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule, truncate_noise
 
@@ -208,18 +209,14 @@ def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma
 
 
 def write_checkpoint(path, model, preset, **more):
-    """Write what sampling needs, and more: beside, then renamed, so that the name always has a whole file."""
-    tokenizer, beside = getattr(model, "tokenizer", None), path.with_suffix(".tmp")
+    """Write what sampling needs, and more; the name always has a whole file."""
+    tokenizer = getattr(model, "tokenizer", None)
     if isinstance(tokenizer, SphereTokenizer):
         tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside, "wb") as file:
+    with whole_file(path) as file:
         torch.save({"config": model.config, "class_names": model.class_names, "preset": asdict(preset),
                     "tokenizer": "rae" if isinstance(tokenizer, RAE) else tokenizer,
                     "model": model.state_dict(), **more}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def read_checkpoint(path, key="config"):
@@ -229,8 +226,12 @@ def read_checkpoint(path, key="config"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: checkpoint[key], **checkpoint}
     except Exception as error:                              # torch.load knows a dozen kinds
+        why = {FileNotFoundError: "no such file", KeyError: f"it has no {key}"}.get(
+            type(error), "another kind of file, or damaged")
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it holds a {foreign[1]}; as objects can run code, only tensors and plain values are read"
         raise ValueError(f"{path}: no checkpoint of train.py, nor of the official code with its cfg.json, "
-                         f"--config ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+                         f"--config ({why})") from None
 
 
 def load(path, device="cpu", ema=None, config=None):
@@ -240,29 +241,30 @@ def load(path, device="cpu", ema=None, config=None):
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
-    Raises OSError, ValueError, or RuntimeError that lists the weights that do not fit."""
-    if config:
-        key = "ema_model" if ema else "model"
-        try:
-            settings = convert_official_config(json.loads(Path(config).read_text()))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{config}: not a cfg.json of the official code ({error!r})") from None
-        weights = convert_official(read_checkpoint(path, key)[key])
-        names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
-    else:
-        checkpoint = read_checkpoint(path, "tokenizer")
-        settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
-        sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
-        both = "ema" in checkpoint                          # last.pt; the others hold what the preset chose
-        if not both and ema not in (None, use_ema):
-            raise ValueError(f"{path} holds no choice of weights, last.pt does; leave --[no-][use-]ema out")
-        weights = checkpoint["ema" if both and (use_ema if ema is None else ema) else "model"]
-    model = (SiT if tokenizer else SphereEncoder)(**settings)
-    model.load_state_dict(weights)
-    model.class_names, model.sampling = names, sampling
-    if tokenizer:
-        model.attach(load_tokenizer(tokenizer).to(device))
-    return model.to(device).eval()
+    Raises OSError or ValueError that names the file, and the weights that do not fit."""
+    try:
+        if config:
+            key = "ema_model" if ema else "model"
+            settings = convert_official_config(json.loads(Path(config).read_text(encoding="utf-8")))
+            weights = convert_official(read_checkpoint(path, key)[key])
+            names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
+        else:
+            checkpoint = read_checkpoint(path, "tokenizer")
+            settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
+            sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
+            both = "ema" in checkpoint                      # last.pt; the others hold what the preset chose
+            if not both and ema not in (None, use_ema):
+                raise ValueError(f"{path} has no choice of weights, last.pt does; leave --[no-][use-]ema out")
+            weights = checkpoint["ema" if both and (use_ema if ema is None else ema) else "model"]
+        model = (SiT if tokenizer else SphereEncoder)(**settings)
+        model.load_state_dict(weights)
+        model.class_names, model.sampling = names, sampling
+        if tokenizer:
+            model.attach(load_tokenizer(tokenizer).to(device))
+        return model.to(device).eval()
+    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{' with '.join(filter(None, (str(path), config)))}: no model can be built from it "
+                         f"({type(error).__name__}: {error})") from None
 
 
 def load_tokenizer(stored):
@@ -278,11 +280,15 @@ def load_tokenizer(stored):
 
 
 def picture(panels, row_names=()):
-    """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
-    font = ImageFont.load_default(size=14)
-    zoom = max(1, round(48 / max(next(iter(panels.values())).shape[-2:])))      # small images are enlarged
-    grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
-             for title, images in panels.items()}
+    """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image.
+    A row of more than some 1,000 pixels goes on below itself."""
+    font, side = ImageFont.load_default(size=14), max(next(iter(panels.values())).shape[-2:])
+    zoom, grids = max(1, round(48 / side)), {}                                  # small images are enlarged
+    lines = max(math.ceil(images.shape[1] * side * zoom / 1000) for images in panels.values())
+    for title, images in panels.items():
+        width = math.ceil(images.shape[1] / lines)
+        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, width * lines - images.shape[1]), value=1)
+        grids[title] = to_pil(make_grid(images.flatten(0, 1), width, 1, pad_value=1), zoom)
     left = 12 + int(max((font.getlength(name) for name in row_names), default=0))
     widths = [16 + max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]
     height = max(grid.height for grid in grids.values())
@@ -336,17 +342,13 @@ def to_pil(x, zoom=1):
     return Image.fromarray(to_uint8((x + 1) / 2).permute(1, 2, 0).cpu().numpy())
 
 
+def save_image(image, path, **options):
+    """Write a PIL image, whole or not at all, in the format that the path's suffix says."""
+    with whole_file(path) as file:
+        image.save(file, path.suffix[1:], **options)
+
+
 # ---- Command line ------------------------------------------------------------------------------------------
-
-
-def pick_device(name=None):
-    """Device of a name; of None, the GPU if there is one. Turns TF32 off. Raises ValueError if it cannot be
-    used."""
-    torch.backends.cudnn.allow_tf32 = False                 # PyTorch's default for matrix products
-    try:
-        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({error})") from None
 
 
 def literal(text):
@@ -373,18 +375,20 @@ def main(argv=None):
     add("--config", help="cfg.json of the official code, for a checkpoint of its own")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (as the preset says)")
     add("--out", type=Path, default="out/samples", help="folder for WORD.png (%(default)s)")
-    add("--singles", action="store_true", help="also write every image, into OUT/images/")
+    add("--singles", nargs="?", choices=("png", "npz"), const="png", help="also write every image, into "
+        "OUT/images/, or all into OUT/images.npz, as fid.py and other tools read it")
     add("--seed", type=int, default=0, help="image i is a function of (seed, i) alone (%(default)s)")
     add("--steps", type=int, default=4, help="T of Algorithm 1, or passes of an edit (%(default)s)")
     add("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (%(default)s)")
     add("--sampling", type=name_value, nargs="+", default=[], metavar="NAME=VALUE", help="other arguments of "
         "generate, generate_latent, edit: gamma schedule shared alpha position bound project_last official r")
-    add("--classes", type=int, nargs="+", metavar="K", help="in turn (all; reconstruct, crossover: null)")
+    add("--classes", nargs="+", metavar="K", help="in turn: names, null, or numbers that are no names (all; "
+        "reconstruct, crossover: null)")
     add("--count", type=int, default=80, help="generate: number of images (%(default)s)")
     add("--batch-size", type=int, default=100, help="generate: images at a time (%(default)s)")
     add("--way", choices=("line", "circle", "square"), default="line", help="interpolate: (%(default)s)")
     add("--frames", type=int, default=8, help="interpolate: images per line, or side (%(default)s)")
-    add("--gif", action="store_true", help="interpolate: also as an animation")
+    add("--gif", action="store_true", help="interpolate: also as an animation, there and back")
     add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
     add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
         "image is taken (%(default)s)")
@@ -392,16 +396,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.steps, args.count, args.batch_size, args.frames) < 1:
         raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
-    if args.singles and any((args.out / "images").glob("*")):
-        raise ValueError(f"{args.out / 'images'} holds images; choose another --out, or remove them")
+    singles, args.arrays = args.out / ("images.npz" if args.singles == "npz" else "images"), []
+    if args.singles and (singles.is_file() or any(singles.glob("*"))):
+        raise ValueError(f"{singles} holds images; choose another --out, or remove them")
     model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
-    if args.classes and not 0 <= min(args.classes) <= max(args.classes) <= model.num_classes:
-        raise ValueError(f"--classes must be of 0..{model.num_classes}, got {args.classes}")
+    names = [*model.class_names, "null"]
+    numbers = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    if unknown := set(args.classes or ()) - {*numbers}:
+        raise ValueError(f"--classes knows {', '.join(f'{k} = {name}' for k, name in enumerate(names))}, "
+                         f"not {min(unknown)}")
+    args.classes = args.classes and [numbers[name] for name in args.classes]
     how = dict(cfg=args.cfg, seed=args.seed, **dict(args.sampling))
-    drawn = picture(*WORDS[args.word](args, model, how))    # only then a folder: a mistake leaves none
-    args.out.mkdir(parents=True, exist_ok=True)
-    drawn.save(args.out / f"{args.word}.png")
-    print(f"{args.out / args.word}.png" + f" and {args.out / 'images'}/" * args.singles)
+    panels, rows = WORDS[args.word](args, model, how)       # only then a folder: a mistake leaves none
+    settings = ", ".join(f"{name} = {value}" for name, value in {"T": args.steps, **how}.items())
+    drawn = picture({title or settings: images for title, images in panels.items()}, rows)
+    save_image(drawn, args.out / f"{args.word}.png")
+    if args.arrays:
+        with whole_file(singles, overwrite=False) as file:
+            np.savez(file, arr_0=torch.cat(args.arrays).numpy())
+    chosen = ", ".join(f"{k} = {names[k]}" for k in dict.fromkeys(args.classes or ()))
+    print(f"{args.out / args.word}.png" + f" and {singles}" * bool(args.singles), chosen)
 
 
 def draw_samples(args, model, how):
@@ -418,7 +432,7 @@ def draw_samples(args, model, how):
     images = torch.stack(shown).unflatten(0, (-1, columns))
     images = images.transpose(0, 1) if few else images                              # [rows, columns, 3, H, W]
     names = [[*model.class_names, "null"][k] for k in classes[:columns]] if few and model.num_classes else []
-    return {f"T = {args.steps}, cfg {args.cfg:g}, seed {args.seed}": images}, names
+    return {"": images}, names
 
 
 def draw_reconstructions(args, model, how):
@@ -426,7 +440,7 @@ def draw_reconstructions(args, model, how):
     x = open_images(args.images, model.image_size).to(next(model.parameters()).device)
     again = reconstruct(model, x, args.classes and torch.tensor(args.classes[:1] * len(x), device=x.device))
     write_singles(args, again)
-    return {"": torch.stack([x, again])}, ["original", "reconstruction"]
+    return {" ": torch.stack([x, again])}, ["original", "reconstruction"]
 
 
 def draw_interpolations(args, model, how):
@@ -437,11 +451,14 @@ def draw_interpolations(args, model, how):
     x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, spherical=args.way == "circle",
                                first=k, **how) for k in range(0, len(y), corners)])     # [rows * F, 3, H, W]
     write_singles(args, x)
+    x = x.unflatten(0, (-1, args.frames))                                           # [rows, frames, 3, H, W]
     if args.gif:
-        first, *rest = (to_pil(image, max(1, round(96 / max(model.image_size)))) for image in x)
-        args.out.mkdir(parents=True, exist_ok=True)
-        first.save(args.out / "interpolate.gif", save_all=True, append_images=rest, duration=120, loop=0)
-    return {f"T = {args.steps}, seed {args.seed}": x.unflatten(0, (-1, args.frames))}, []
+        columns, zoom = math.ceil(math.sqrt(len(x))), max(1, round(96 / max(model.image_size)))
+        frames = [to_pil(make_grid(images, columns, 1, pad_value=1), zoom) for images in x.transpose(0, 1)]
+        save_image(frames[0], args.out / "interpolate.gif", save_all=True, duration=120, loop=0,
+                   append_images=frames[1:] + frames[-2:0:-1])
+    ends = [[*model.class_names, ""][k] for k in y]
+    return {"": x}, [f"{a} to {b}" for a, b in zip(ends[::2], ends[1::2])] if corners == 2 and ends[0] else []
 
 
 def draw_edits(args, model, how):
@@ -463,10 +480,11 @@ def draw_edits(args, model, how):
 
 
 def write_singles(args, images, first=0):
-    if args.singles:
-        (args.out / "images").mkdir(parents=True, exist_ok=True)
+    if args.singles == "npz":
+        args.arrays.append(to_uint8((images + 1) / 2).permute(0, 2, 3, 1).cpu())
+    elif args.singles:
         for i, image in enumerate(images, first):
-            to_pil(image).save(args.out / "images" / f"{i:06d}.png")
+            save_image(to_pil(image), args.out / "images" / f"{i:06d}.png")
 
 
 WORDS = {"generate": draw_samples, "reconstruct": draw_reconstructions, "interpolate": draw_interpolations,

@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import sample
 from conftest import ROOT, one_line, with_seeded_weights
+from fid import to_uint8
 from models import convert_official
 from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct, sampler
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, truncate_noise
@@ -406,7 +408,7 @@ def test_a_sphere_is_drawn_whole_and_round_where_its_points_cover_a_part():
     ("crossover --images a.png", "two"), ("crossover --images a.png b.png --mask round", "round"),
     ("crossover --images a.png b.png --sampling r=1.75", "1.75"), ("manipulate --images a.png b.png", "one"),
 )] + [
-    ("tiny_tokenizer", "--classes 1", "0..0"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
+    ("tiny_tokenizer", "--classes 1", "0 = null"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
     ("tiny_tokenizer", "manipulate --images a.png", "classes"),
     ("trained_latent", "--sampling position=encoder", "position"),
     ("trained_latent", "crossover --images a.png b.png", "Sphere Encoder"),
@@ -414,6 +416,64 @@ def test_a_sphere_is_drawn_whole_and_round_where_its_points_cover_a_part():
 def test_mistakes_of_the_command_are_one_line_and_leave_nothing(
         photos, tmp_path, capsys, request, kind, options, named):
     assert named in refusal(capsys, request.getfixturevalue(kind), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("words, drawn", [
+    ("a null b", [0, 3, 2, 0]), ("10 1 2", [1, 1, 2, 1]), ("0", [0, 0, 0, 0])])
+def test_classes_are_asked_for_by_name_or_by_number_where_there_is_no_such_name(
+        model, tmp_path, monkeypatch, capsys, words, drawn):
+    """Class 1 is called 10."""
+    model.class_names, model.num_classes, seen = ["a", "10", "b"], 3, []
+    monkeypatch.setattr(sample, "load", lambda *args: model)
+    monkeypatch.setattr(sample, "sampler", lambda model: lambda model, y, T, first, **how: (
+        seen.extend(y), torch.zeros(len(y), 3, 12, 20))[1])
+    run("any.pt", tmp_path / "out", f"--count 4 --classes {words}")
+    assert seen == drawn and f"{drawn[0]} = {['a', '10', 'b'][drawn[0]]}" in capsys.readouterr().out
+    assert "0 = a, 1 = 10, 2 = b, 3 = null, not 4" in refusal(capsys, "any.pt", tmp_path / "none", "--classes 4")
+
+
+def test_images_in_an_npz_file_are_those_of_single_files(trained, tmp_path, capsys):
+    for out, kind in (("a", ""), ("b", "npz")):
+        run(trained, tmp_path / out, f"--count 5 --steps 1 --batch-size 2 --singles {kind}")
+    with np.load(tmp_path / "b" / "images.npz") as file:
+        assert file["arr_0"].shape == (5, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+        for i, image in enumerate(file["arr_0"]):
+            assert np.array_equal(image, Image.open(tmp_path / "a" / "images" / f"{i:06d}.png"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(trained, tmp_path / "b", "--singles npz")
+    assert "holds images" in one_line(capsys, "sample.py: ")
+
+
+def test_long_rows_of_a_picture_go_on_below():
+    """50 columns of 48 pixels are three lines of 17; white fills the last."""
+    x = torch.linspace(-1, 0.9, 100).view(2, 50, 1, 1, 1).expand(-1, -1, 3, 48, 48)
+    drawn = np.asarray(sample.picture({"": x}))[..., 0]
+    seen = drawn[26 + 25 + 49 * np.arange(6)][:, 12 + 25 + 49 * np.arange(17)].reshape(2, 51)
+    expected = np.asarray(to_uint8((x[..., 0, 0, 0] + 1) / 2))
+    assert drawn.shape[1] < 1000 and np.array_equal(seen[:, :50], expected) and (seen[:, 50] == 255).all()
+
+
+@pytest.mark.parametrize("content, named", [
+    (dict(preset=argparse.Namespace()), "it holds a argparse.Namespace"), (dict(model={}), "it has no tokenizer"),
+    (None, "another kind of file, or damaged")])
+def test_what_is_no_checkpoint_is_named_with_its_cause(tmp_path, content, named):
+    torch.save(content, tmp_path / "x.pt")
+    if content is None:
+        (tmp_path / "x.pt").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=f"x.pt: no checkpoint of train.py.*{named}"):
+        load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda x: x.pop("preset"), lambda x: x["config"].update(colour=1), lambda x: x["model"].popitem(),
+    lambda x: x.update(config=None), lambda x: x.update(preset=None)])
+def test_a_checkpoint_of_which_no_model_can_be_built_is_named(trained, tmp_path, spoil):
+    stored = dict(read_checkpoint(trained))
+    spoil(stored)
+    torch.save({**stored, "ema": stored["model"]}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: no model can be built from it"):
+        load(tmp_path / "x.pt")
 
 
 def test_a_picture_may_be_drawn_again_but_single_images_are_never_overwritten(trained, tmp_path, capsys):
@@ -635,7 +695,8 @@ def test_every_word_writes_what_its_function_gives_and_shows_it(seeded, photos, 
 def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
     run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
     with Image.open(tmp_path / "interpolate.gif") as animation:             # equal neighbours are one frame
-        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == 15 * 120
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == 4 * 120
+        assert animation.size == (6 * (3 * 17 + 1), 6 * (2 * 17 + 1))       # a grid of five walks, six times as large
 
 
 @pytest.mark.parametrize("options", [
