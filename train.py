@@ -11,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import hashlib
 import inspect
 import json
 import math
@@ -18,36 +19,38 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, TensorDataset
 from torchvision import datasets
 from tqdm import tqdm
 
-from fid import (FEATURES, Extracted, FeatureStatistics, compare, errors_in_one_line, feature_network,
-                 load_statistics, nearest_neighbours, pixel_features, read_image, to_uint8)
-from losses import (DISTANCES, orthogonal_directions, perceptual_distance, sphere_encoder_loss,
-                    sphere_latent_loss)
-from models import Block, SiT, SphereEncoder, SphereTokenizer, build_model, cost
-from sample import (image_transform, literal, load, load_tokenizer, name_value, pick_device, picture,
-                    read_checkpoint, reconstruct, sampler, to_float, to_pil, write_checkpoint)
+from fid import (FEATURES, Extracted, FeatureStatistics, ImageSet, compare, errors_in_one_line,
+                 feature_network, find_images, load_statistics, nearest_neighbours, pick_device,
+                 pixel_features, to_uint8, whole_file)
+from losses import DISTANCES, Objective, orthogonal_directions
+from models import Block, SphereEncoder, SphereTokenizer, build_model, cost, kept_bytes
+from sample import (image_transform, literal, load, load_tokenizer, name_value, picture, read_checkpoint,
+                    reconstruct, sampler, save_image, to_float, to_pil, write_checkpoint)
 from spherify import gaussian, logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4
 HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
 BETAS, CLIP = (0.9, 0.95), 1.0      # of AdamW, and the largest norm of the gradient, as in the official code
 LOG_EVERY, SAVE_EVERY = 10, 1000    # iterations; checkpoints and pictures come ten times a run at least
+IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
+SPLITS = ("train", "val", "valid", "validation", "test")        # names of folders that are not classes
 
 # ---- Presets -----------------------------------------------------------------------------------------------
 
@@ -78,14 +81,14 @@ class Preset:
     distance: str = "l2"                    # between latents: l1, smooth-l1 or l2
     noise: tuple = (0.0, 1.0)               # mean and deviation of the logit-normal noise
 
-    mapping: str = "sigma"                  # what is linear in r: sigma or, SE C.2, angle; not if official
+    mapping: str = "sigma"                  # what r is linear in: sigma or, SE C.2, angle; or official noise
     alpha_max: float = 80.0                 # degrees, largest angle of the usual noise
     alpha_hard: float = 85.0                # degrees, largest angle of the hard cases; 0 = none
-    official: bool = False                  # draw a Sphere Encoder's noise as the official code does
     weights: tuple = (1.0, 1.0, 0.5, 0.5, 0.1)      # losses: WEIGHT_NAMES or LATENT_WEIGHT_NAMES of losses.py
     swd_weight: float = 0.0                 # of the sliced Wasserstein loss, SE App. C.3
     perceptual: str = "lpips"               # or lpips+convnext, the official code's
 
+    init: str = ""                          # checkpoint whose weights to start from, where they fit
     batch_size: int = 256                   # images per iteration, over all processes and micro-batches
     epochs: float = 0.0                     # length of the training
     iterations: int = 0                     # or this
@@ -161,32 +164,18 @@ PRESETS = {
     "flowers102-latent": replace(RAE_LATENTS, dataset="flowers102"),
     "imagenet-latent": replace(RAE_LATENTS, dataset="imagenet", data="data/imagenet", denoiser_size="XL",
                                epochs=800, warmup=5 / 800),
-    "folder": Preset(iterations=100_000),                   # any folder of class folders; all of it ours
+    # Any folder of images, on a GPU of 24 GB or on a CPU; ours, tried on 720 photos of six classes.
+    "folder": Preset(patch_size=8, latent_dim=64, batch_size=128, epochs=1000, lr=4e-4, warmup=0.02),
+    "folder-small": replace(DIGITS, dataset="folder", image_size=32, flip=True, patch_size=8, latent_dim=32,
+                            encoder_size=(96, 1, 4), decoder_size=(128, 4, 4), iterations=0, epochs=250,
+                            lr=3e-3, warmup=0.02, ema=0.999),
 }
 # What the official scripts train as they stand: base models, on their noise and perceptual distance.
-PRESETS |= {f"{name}-base": replace(preset, **BASE, perceptual="lpips+convnext", official=True)
+PRESETS |= {f"{name}-base": replace(preset, **BASE, perceptual="lpips+convnext", mapping="official")
             for name, preset in (("cifar10", CIFAR10), ("animal-faces", ANIMAL_FACES),
                                  ("flowers102", FLOWERS102), ("imagenet", IMAGENET))}
 
 # ---- Training ----------------------------------------------------------------------------------------------
-
-
-class Objective(nn.Module):
-    """SE Eq. 10, or SLE Eq. 2 and 3, as one forward for DistributedDataParallel and torch.compile."""
-
-    def __init__(self, model, preset):
-        super().__init__()
-        self.model, self.preset = model, preset
-        sees = not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3])
-        self.perceptual = perceptual_distance(preset.perceptual) if sees else None
-
-    def forward(self, x, y, sigma, sigma_sub, e, directions=None):
-        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
-        p = self.preset
-        if isinstance(self.model, SiT):
-            return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance)
-        return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual,
-                                   p.swd_weight, directions)
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=None, accumulate=1, compile=False,
@@ -195,8 +184,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
 
     preset      Preset, see PRESETS; if its tokenizer is a preset too, that is trained first, in out/tokenizer
     out         folder of last.pt to resume from, model.pt to sample from, log.jsonl and pictures
-    seed        with the preset decides every number of the run, whatever the number of processes
-    resume      continue from out/last.pt exactly where it was written
+    seed        with the preset decides every number of the run, but for rounding on a GPU or by processes
+    resume      continue from out/last.pt exactly where it was written; with a new length, on its schedule
     device      cuda if there is one, else cpu
     evaluate_every  epochs between evaluations, 0 = off; see keep_best. evaluation: arguments of quality
 
@@ -213,6 +202,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
     with interruptible() as interrupted:
         stored = open_run(preset, out, seed, resume, world * accumulate)
         data, held_out, class_names = first_process_first(lambda: load_data(preset))
+        for part in (data, held_out) if not stored and os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            for _ in part.datasets[0].batches() if isinstance(part, StackDataset) else ():
+                pass                                        # all files can be read
         in_memory = isinstance(data, TensorDataset)
         if workers is None:
             workers = 0 if in_memory else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -220,15 +212,17 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         if tokenizer and (latents or in_memory):
             source = first_process_first(lambda: LatentCache(
                 latents or out / "latents.npy", data, tokenizer, preset.flip, device, workers))
-        model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored, len(data))
-        objective = wrapped(model, preset, device, compile, activation_checkpointing)
+        model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored, data)
+        objective = wrapped(model.eval(), preset, device, compile, activation_checkpointing)
         sampled = ema if preset.use_ema else model
         start = stored["step"] if stored else 0
         total = preset.iterations or math.ceil(preset.epochs * len(data) / preset.batch_size)
+        if start > total:
+            raise ValueError(f"{out / 'last.pt'} has {start} iterations already, more than {total}")
         save_every = min(SAVE_EVERY, max(1, total // 10 // LOG_EVERY) * LOG_EVERY)
         judge_every = max(1, round(evaluate_every * len(data) / preset.batch_size / LOG_EVERY)) * LOG_EVERY
         bf16 = preset.precision == "bf16" or preset.precision == "auto" and device.type == "cuda"
-        share, L = preset.batch_size // world, math.prod(model.latent_shape)
+        share = preset.batch_size // world
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
         indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
@@ -240,24 +234,19 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                              optimizer=optimizer.state_dict(), step=step, seed=seed, images=len(data))
             write_checkpoint(out / "model.pt", sampled, preset)
 
-        if not stored and rank == 0:
-            save(0)                                         # from here on the folder is a run to resume
+        if rank == 0:
+            print(f"{out}:", opening_line(objective, preset, model, data, held_out, bf16, share // accumulate,
+                                          start, total), flush=True)
+            if not stored:
+                save(0)                                     # from here on the folder is a run to resume
+        model.train()
+        began = since = time.time()
         window, bar = [], tqdm(total=total, initial=start, unit="it", disable=rank > 0 or None)
         for step, (images, labels) in zip(range(start, total), loader):
             lr = learning_rate(preset, step, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
-            sigma, sigma_sub = drawn["sigma"], drawn["sigma_sub"]                            # [B] each
-            e = gaussian(drawn["e_seed"], model.latent_shape, device)                        # [B, N, d]
-            directions = None if not preset.swd_weight else orthogonal_directions(           # [L, M]
-                torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
-            x = images.to(device)
-            y = torch.where(drawn["drop"], model.num_classes, labels.to(device))             # [4, B]
-            if source is data:                                                               # [B, 3, H, W]
-                x = to_float(torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x))
-            else:                                                           # [B, 1 or 2, N, d] -> [B, N, d]
-                x = x[torch.arange(len(x)), drawn["flip"].long()]
+            x, y, sigma, sigma_sub, e, directions = inputs(preset, model, images, labels, seed, step, mine)
 
             optimizer.zero_grad()
             rows = []
@@ -279,13 +268,19 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             done, ends = step + 1, step + 1 == total
             if done % LOG_EVERY and not ends:
                 continue
+            images = len(window) * preset.batch_size
             means, stops = mean_over_window(window, done, interrupted)
+            saves = done % save_every == 0 or ends or stops
             model.eval()
             if rank == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps({"step": done, **means, "lr": lr}) + "\n")
-                bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items() if v), refresh=False)
-                if done % save_every == 0 or ends or stops:
+                if saves and held_out:
+                    with torch.no_grad():
+                        parts = first_losses(objective, preset, model, held_out, 64, bf16)[1]
+                    means["held_out_" + next(iter(parts))] = next(iter(parts.values())).item()
+                now = time.time()
+                log(out, bar, {"step": done, "epoch": done * preset.batch_size / len(data),
+                               "seconds": now - began, "images/s": images / (now - since), **means, "lr": lr})
+                if saves:
                     save(done)
                     draw(out / f"samples-{done:06d}.png", sampled, held_out or data)
             if evaluate_every and (done % judge_every == 0 or ends):
@@ -293,6 +288,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                 if rank == 0:
                     keep_best(out, done, sampled, preset, rows)
             model.train()
+            since = time.time()
             if stops and not ends:
                 raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; everything is in "
                                         f"{out / 'last.pt'}, --resume continues from there")
@@ -319,7 +315,7 @@ def open_run(preset, out, seed, resume, parts):
     stored = read_checkpoint(last, "optimizer")
     before = {**stored["preset"], "seed": stored["seed"]}
     for name, value in {**asdict(p), "seed": seed}.items():
-        if value != before.get(name) and name != "data":    # the files may have moved
+        if value != before.get(name) and name not in ("data", "epochs", "iterations"):     # moved, extended
             raise ValueError(f"{last} was trained with {name} {before.get(name)}, not {value}; --resume has "
                              f"the settings of the run: drop that option and --preset, or change --out")
     for path in (out / "log.jsonl", out / "evaluations.jsonl") if process_rank()[0] == 0 else ():
@@ -346,12 +342,15 @@ def open_tokenizer(preset, out, seed, device, stored):
     return SphereTokenizer(model)
 
 
-def build(preset, class_names, tokenizer, seed, device, stored, images):
-    """Model, averaged model and optimizer, as seeded or as stored: AdamW in groups, of encoder, decoder or
-    denoiser the matrices (decayed) and the rest (not decayed)."""
+def build(preset, class_names, tokenizer, seed, device, stored, data):
+    """Model, averaged model and optimizer, as seeded, begun from another checkpoint or as stored: AdamW in
+    groups, of encoder, decoder or denoiser the matrices (decayed) and the rest (not decayed)."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeded(seed, "init").initial_seed())
-        model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape).to(device)
+        model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape)
+    if preset.init and not stored:
+        begin_from(preset.init, model)
+    model.to(device)
     networks = ([(model, 1.0)] if tokenizer
                 else [(model.encoder, preset.encoder_lr_scale), (model.decoder, 1.0)])
     optimizer = torch.optim.AdamW(
@@ -365,12 +364,67 @@ def build(preset, class_names, tokenizer, seed, device, stored, images):
             network.attach(tokenizer)
     inspect.signature(sampler(model).func).bind_partial(**preset.sampling)     # refuses what it does not know
     if stored:
-        if (stored["images"], stored["class_names"]) != (images, model.class_names):
+        if (stored["images"], stored["class_names"]) != (len(data), model.class_names):
             raise ValueError(f"the run was trained on {stored['images']} images of {stored['class_names']}; "
-                             f"{preset.data} has {images} of {class_names}")
+                             f"{preset.data} has {len(data)} of {class_names}")
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
             part.load_state_dict(stored[name])
     return model, ema, optimizer
+
+
+def begin_from(path, model):
+    """Give a model a checkpoint's weights of the same name and shape; class tables if all classes agree."""
+    other, own = load(path), model.state_dict()
+    fits = {name: tensor for name, tensor in other.state_dict().items()
+            if name in own and own[name].shape == tensor.shape
+            and ("embedding_table" not in name or other.class_names == model.class_names)}
+    if not fits:
+        raise ValueError(f"--init {path} has no weights of such a model")
+    model.load_state_dict(fits, strict=False)
+    print(f"{path}: {len(fits)} of {len(own)} tensors taken")
+
+
+def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
+    """What the objective takes in a step, of this process's part of the global batch: images, or latents of a
+    LatentCache, y [4, B], sigma and sigma_sub [B], e [B, N, d], and directions [L, M] for the swd_weight."""
+    device, L = next(model.parameters()).device, math.prod(model.latent_shape)
+    drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
+    e = gaussian(drawn["e_seed"], model.latent_shape, device)                                # [B, N, d]
+    directions = None if not preset.swd_weight else orthogonal_directions(                   # [L, M]
+        torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
+    x, flip = images.to(device), drawn["flip"]
+    y = torch.where(drawn["drop"], model.num_classes, labels.to(device))                     # [4, B]
+    if x.ndim == 4 and x.dtype == torch.uint8:                                               # [B, 3, H, W]
+        x = to_float(torch.where(flip[:, None, None, None], x.flip(-1), x))
+    else:                                                           # [B, 1 or 2, N, d] -> [B, N, d]
+        x = x[torch.arange(len(x)), flip.long()]
+    return x, y, drawn["sigma"], drawn["sigma_sub"], e, directions
+
+
+def first_losses(objective, preset, model, data, count, bf16):
+    """(loss, parts) of some images of a data set, not mirrored, with the same noise at every call."""
+    places, tokenizer = some(data, count), getattr(model, "tokenizer", None)
+    labels = torch.tensor([data.targets[i] for i in places])
+    x, *others = inputs(replace(preset, batch_size=len(places), flip=False), model, images_of(data, places),
+                        labels, 0, 0)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x = tokenizer.encode(x) if tokenizer else x
+        return getattr(objective, "module", objective).forward(x, *others)      # not compiled for this batch
+
+
+def opening_line(objective, preset, model, data, held_out, bf16, micro_batch, start, total):
+    """What is trained on what, how long, and about how much memory that takes: of parameters with gradients,
+    averages and two moments, and of what a micro-batch's forward pass keeps for its backward pass."""
+    p, names, parameters = preset, model.class_names, sum(x.numel() for x in model.parameters())
+    one, two = (kept_bytes(objective, lambda: first_losses(objective, p, model, data, n, bf16))
+                for n in (1, 2))                            # the first keeps the weights in bf16, too
+    memory = 20 * parameters + one + (micro_batch - 1) * (two - one)
+    classes = textwrap.shorten(", ".join(f"{k} = {name}" for k, name in enumerate(names)), 300)
+    return (f"{len(data):,} images of {f'{len(names)} classes ({classes})' if names else 'no class'}, "
+            f"{len(held_out or ()):,} held out; {parameters:,} parameters, some {memory / 1e9:.1f} GB on "
+            f"{next(model.parameters()).device}, {'bf16' if bf16 else 'float32'}; batch {p.batch_size}, rate "
+            f"{p.lr:g}, of the encoder {p.lr * p.encoder_lr_scale:g}; iterations {start:,} to {total:,}, "
+            f"{total * p.batch_size / len(data):.3g} epochs")
 
 
 def wrapped(model, preset, device, compile, activation_checkpointing):
@@ -426,6 +480,16 @@ def mean_over_window(window, done, interrupted):
     return dict(zip(names, means)), stops > 0
 
 
+def log(out, bar, row):
+    """Append a line to log.jsonl; show it at the bar or, without a terminal, as a line."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
+    bar.set_postfix_str(" ".join(shown[4:]), refresh=False)
+    if bar.disable:
+        print(f"{row['step']}/{bar.total}", *shown[1:], flush=True)
+
+
 def keep_best(out, step, model, preset, rows):
     """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet
     distance (or FID), is lower than ever at the last number of steps."""
@@ -439,27 +503,44 @@ def keep_best(out, step, model, preset, rows):
     tqdm.write(f"{out / 'best.pt'}: {row} {min(scores):.4f}; after {step} iterations it is {scores[-1]:.4f}")
 
 
-def draw(path, model, data, columns=5, rows=10):
-    """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses."""
+def draw(path, model, data, rows=10):
+    """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses. Says
+    what to try if the pictures are those of a setting that is far off."""
     targets = torch.tensor(data.targets)
     classes = targets.unique()[:rows].tolist()
+    columns = max(5, 20 // len(classes))
     places = [place for c in classes for place in (targets == c).nonzero()[:, 0].repeat(columns)[:columns]]
     x = to_float(images_of(data, places)).to(next(model.parameters()).device)
     y = torch.tensor(classes).repeat_interleave(columns) * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
-    picture({title: images.unflatten(0, (-1, columns)) for title, images in panels.items()},
-            [model.class_names[c] for c in classes if model.num_classes]).save(path)
+    panels = {title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}
+    save_image(picture(panels, [model.class_names[c] for c in classes if model.num_classes]), path)
 
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    for name in [name for name in lines[-1] if lines[-1][name] and name not in ("step", "grad_norm", "lr")]:
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    names = [name for name in lines[-1] if re.match("loss|.*recon|con|lat|swd", name) and lines[-1][name]]
+    for name in names:
+        seen = [(line["step"], line[name]) for line in lines if line.get(name)]         # a log has no zero
+        words = {"recon": "reconstruction", "con": "consistency", "lat": "latent", "swd": "Wasserstein"}
+        axes.plot(*zip(*seen), ".-" if "held_out" in name else "-",
+                  label=" ".join(words.get(word, word) for word in name.split("_")))
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
+    axes.set_ylim(bottom=min(lines[-1][name] for name in names) / 10)       # some begin next to zero
     axes.legend()
     axes.figure.savefig(path.parent / "losses.png", dpi=100)
     tqdm.write(f"{path}, {path.parent / 'losses.png'}")
+    one, _, four, again, x = panels.values()                                    # [K, columns, 3, H, W] each
+    error = (again - x).square().mean() / x.var((0, 1)).mean()
+    spread, spread_x = (images.var(1).mean() for images in (one, x))                        # within a class
+    kinds, kinds_x = ((images.mean(1) - images.mean((0, 1))).flatten() for images in (four, x))
+    if not error < 0.8:                                     # limits between healthy and other runs: README
+        tqdm.write("reconstructions show next to nothing: if that stays, --lr is far too low or too high")
+    elif spread < 0.2 * spread_x:
+        tqdm.write("samples of a class are nearly all alike: if that stays, lower --alpha-max, --alpha-hard")
+    elif model.num_classes and F.cosine_similarity(kinds, kinds_x, dim=0) < 0.35:
+        tqdm.write("samples do not resemble their classes: if that stays, raise --alpha-max")
 
 
 def seeded(seed, purpose, index=0):
@@ -477,9 +558,10 @@ def random_draws(preset, seed, step):
     if p.tokenizer:
         sigma, sigma_sub = logit_normal_sigmas(B, p.alpha_max, *p.noise, p.mapping, generator)
     else:
-        sigmas = official_sigmas if p.official else partial(uniform_sigmas, mapping=p.mapping)
+        official = p.mapping == "official"
+        sigmas = official_sigmas if official else partial(uniform_sigmas, mapping=p.mapping)
         sigma, sigma_sub = sigmas(B, p.alpha_max, p.alpha_hard or None, HARD_PROB, generator=generator)
-        if p.official and not any(p.weights[2:4]):          # no pixel consistency: it decodes v_NOISY alone
+        if official and not any(p.weights[2:4]):          # no pixel consistency: it decodes v_NOISY alone
             sigma_sub = sigma
     return {"flip": (torch.rand(B, generator=generator) < 0.5) & p.flip,
             "drop": (torch.rand(4, B, generator=generator) < CLASS_DROPOUT) | (not p.conditional),
@@ -507,40 +589,77 @@ def load_data(preset):
     The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3
     channels. As in the paper, Flowers-102 and Animal-Faces train on all their images.
     Raises OSError or ValueError that says what is wrong where."""
-    name, root, S = preset.dataset, Path(preset.data), preset.image_size
-    transform, splits = image_transform(S), ("train", "val", "test")
-    try:
-        if name == "digits":                                # 1,797 real ones of 8x8 pixels, in scikit-learn
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-            x, y = load_digits(return_X_y=True)             # the last ones have other writers than the first
-            x = torch.from_numpy(x).float().view(-1, 8, 8) / 16
-            split = train_test_split(range(len(y)), test_size=297, stratify=y, random_state=0)
-            parts, names = [(x[part], y[part]) for part in split], list("0123456789")
-        elif name in ("fashion-mnist", "cifar10"):
-            kind = datasets.CIFAR10 if name == "cifar10" else datasets.FashionMNIST
-            sets = [kind(root, train, download=True) for train in (True, False)]
-            parts, names = [(torch.as_tensor(x.data) / 255, x.targets) for x in sets], sets[0].classes
-        elif name == "flowers102":
-            parts = [datasets.Flowers102(root, split, transform, download=True) for split in splits]
-            targets, names = [part._labels for part in parts], [str(k) for k in range(1, 103)]
-        else:
-            folders = [root / split for split in splits if (root / split).is_dir()][:2]
-            folders = folders if (root / "train").is_dir() else [root]
-            parts = [datasets.ImageFolder(folder, transform, loader=read_image) for folder in folders]
-            targets, names = [part.targets for part in parts], parts[0].classes
-            if parts[-1].classes != names or preset.conditional and len(names) < 2:
-                raise ValueError(f"{root}: its training images have the classes {names}, its held-out ones "
-                                 f"{parts[-1].classes}; a single class trains with --no-conditional")
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{root}: {name} can be neither read nor downloaded ({str(error).splitlines()[0]}); "
-                      f"what --data must hold says the README, \"At the paper's scale\"") from None
-    if isinstance(parts[0], tuple):
-        return *(in_memory(*part, S) for part in parts), names
-    if name in ("flowers102", "animal-faces"):
-        parts = [ConcatDataset(parts)]
-        parts[0].targets = sum(map(list, targets), [])
-    return parts[0], parts[1] if parts[1:] else None, names
+    name, root = preset.dataset, Path(preset.data)
+    if name == "digits":                                    # 1,797 real ones of 8x8 pixels, in scikit-learn
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        x, y = load_digits(return_X_y=True)                 # the last ones have other writers than the first
+        x = torch.from_numpy(x).float().view(-1, 8, 8) / 16
+        split = train_test_split(range(len(y)), test_size=297, stratify=y, random_state=0)
+        parts, names = [(x[part], y[part]) for part in split], list("0123456789")
+    elif name in ("folder", "animal-faces", "imagenet"):
+        parts, names = folder_parts(root)
+    else:
+        try:
+            if name == "flowers102":
+                sets = [datasets.Flowers102(root, split, download=True) for split in ("train", "val", "test")]
+                parts, names = [(x._image_files, x._labels) for x in sets], [str(k) for k in range(1, 103)]
+            else:
+                kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+                sets = [kind(root, train, download=True) for train in (True, False)]
+                parts = [(torch.as_tensor(x.data) / 255, torch.as_tensor(x.targets)) for x in sets]
+                names = sets[0].classes
+                if any(len(x) != len(y) or y.max() >= len(names) for x, y in parts):
+                    raise ValueError("images and labels do not fit")
+        except Exception as error:                          # torchvision knows a dozen kinds
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise OSError(f"{root}: {name} can be neither read nor downloaded ({why}); what --data must hold "
+                          f"says the README, \"At the paper's scale\"") from None
+    if name in ("animal-faces", "flowers102"):
+        parts = [[sum(map(list, column), []) for column in zip(*parts)]]
+    data, held_out = [(in_memory if torch.is_tensor(part[0]) else from_files)(*part, preset.image_size)
+                      for part in parts] + [None] * (2 - len(parts))
+    if held_out and len(held_out) < 5:
+        warnings.warn(f"{root}: {len(held_out)} held-out images are too few to compare with, and left out")
+        held_out = None
+    return data, held_out, names
+
+
+def folder_parts(root):
+    """(paths, classes) of a folder's training and perhaps held-out images, and class names in text order.
+
+    Folders are classes; but if all have names of SPLITS, train among them, they hold the classes. Without two
+    class folders images have no class. Raises ValueError for classes that held-out images alone have."""
+    paths, parts, names = find_images(root), [], []
+    below = {path: path.relative_to(root).parts for path in paths}
+    top = {first for first, *rest in below.values() if rest}
+    splits = [name for split in SPLITS for name in sorted(top) if name.lower() == split]
+    splits = splits if {*splits} == top and splits and splits[0].lower() == "train" else []
+    for split in splits[:2] or [None]:
+        inside = {path: parts[bool(split):] for path, parts in below.items() if split in (None, parts[0])}
+        classes = sorted({first for first, *rest in inside.values() if rest})
+        names = names or classes
+        if not {*classes} <= {*names} or names and not classes:
+            raise ValueError(f"{root}: {split} has the classes {classes}, the training images have {names}")
+        parts.append([*zip(*((path, names.index(first) if rest else 0)
+                             for path, (first, *rest) in inside.items() if rest or not classes))])
+    unused = len(paths) - sum(len(part[0]) for part in parts)
+    if splits or unused:
+        roles = ["for training", "held out", *["unused"] * 3]
+        uses = ", ".join(f"{split} {role}" for split, role in zip(splits, roles))
+        warnings.warn(f"{root}: {uses or 'folders are classes'}; {unused} of {len(paths)} images left out")
+    return parts, [os.fsencode(name).decode("utf-8", "replace") for name in names] if names[1:] else []
+
+
+def from_files(paths, targets, size):
+    """Image files -> data set of uint8 [3, size, size]; many are read when they are asked for, few now."""
+    images = ImageSet(paths, image_transform(size))
+    if 3 * size**2 * len(paths) <= IN_MEMORY:
+        data = TensorDataset(torch.cat([*images.batches()]), torch.tensor(targets))
+    else:
+        data = StackDataset(images, targets)
+    data.targets, data.paths = list(targets), paths
+    return data
 
 
 def in_memory(images, targets, size):
@@ -554,7 +673,8 @@ def in_memory(images, targets, size):
 
 
 class LatentCache(Dataset):
-    """Latents of all images, and of their mirror images if they are mirrored, in an npy file; made if absent.
+    """Latents of all images, and of their mirror images if they are mirrored, in an npy file; made if there
+    is none, or images have changed.
 
     An item is (z [1 or 2, N, d], class). The file is opened by its path in every process that reads it.
     Raises ValueError naming the file, if its first and last latents are not those of tokenizer and images."""
@@ -562,27 +682,37 @@ class LatentCache(Dataset):
     def __init__(self, path, data, tokenizer, flip, device, workers=0):
         self.path, self.targets = Path(path), data.targets
         shape = (len(data), 1 + flip, *tokenizer.latent_shape)
+        files = getattr(data, "paths", [])
+        state = [(file.parts[-2:], s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+                 for file, s in zip(files, map(os.stat, files))]
+        seal = hashlib.sha256(repr(state).encode()).digest()            # stands behind the latents
 
         def encoded(images):
             x = to_float(images.to(device))
             return torch.stack([tokenizer.encode(view) for view in (x, x.flip(-1))[:1 + flip]], dim=1).cpu()
 
+        with contextlib.suppress(ValueError, EOFError, FileNotFoundError):          # damaged, or to be made
+            whole = np.load(self.path, mmap_mode="r").shape == shape
+            if whole and np.memmap(self.path, mode="r")[-32:].tobytes() != seal:
+                warnings.warn(f"{self.path}: images have changed since, so it is made anew")
+                self.path.unlink(missing_ok=True)
         if not self.path.exists():
-            beside = self.path.with_name(f"{self.path.name}.{uuid4().hex}.tmp")
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-            loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0, "loader"))
-            for i, (images, _) in enumerate(tqdm(loader, "latents", disable=process_rank()[0] > 0 or None)):
-                latents[64 * i:64 * i + 64] = encoded(images)
-            latents.flush()
-            os.replace(beside, self.path)
-        with contextlib.suppress(ValueError, EOFError):     # of a damaged file
+            with whole_file(self.path, overwrite=False) as file:            # as one that came first made it
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0, "loader"))
+                for images, _ in tqdm(loader, "latents", disable=process_rank()[0] > 0 or None):
+                    file.write(encoded(images).numpy().tobytes())
+                file.write(seal)
+        with contextlib.suppress(ValueError, EOFError):
             stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
-            again = encoded(images_of(data, ends))
-            if stored.shape == shape and np.allclose(stored[ends], again, atol=0.02):
+            if stored.shape == shape and np.allclose(stored[ends], encoded(images_of(data, ends)), atol=0.02):
                 return
         raise ValueError(f"{self.path} is not of this tokenizer and these images, or damaged; delete it, or "
                          f"name another file: --latents")
+
+    def __getstate__(self):                                 # for a worker: not the latents
+        return {"path": self.path, "targets": self.targets}
 
     @cached_property
     def latents(self):
@@ -598,9 +728,8 @@ def export(preset, out, count=None):
     for part, data in zip(("train", "val"), parts):
         for place in tqdm(some(data, count) if data else (), part, disable=None):
             image, label = data[place]
-            folder = out / part / class_names[label].replace("/", "-")              # "T-shirt/top"
-            folder.mkdir(parents=True, exist_ok=True)
-            to_pil(to_float(image)).save(folder / f"{place:06d}.png")
+            folder = out / part / (class_names or [""])[label].replace("/", "-")    # "T-shirt/top"
+            save_image(to_pil(to_float(image)), folder / f"{place:06d}.png")
 
 
 # ---- Processes ---------------------------------------------------------------------------------------------
@@ -619,7 +748,8 @@ def start_process(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if process_rank()[1] > 1 and not distributed.is_initialized():      # NCCL's 10 minutes can be too few
-        distributed.init_process_group(timeout=timedelta(hours=2))     # gloo and, for tensors on a GPU, NCCL
+        distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                                       timeout=timedelta(hours=2))
         atexit.register(distributed.destroy_process_group)
     return device
 
@@ -708,6 +838,8 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     sampler(model)(model, [0], steps[0], cfg, first=0, **sampling)      # what it prepares is not to be timed
     real = (load_statistics(reference, features) if reference
             else extracted(places, partial(images_of, train_set)))
+    if torch.is_tensor(real):
+        raise ValueError(f"{reference} holds images; fid.py {reference} --save makes statistics of them")
     columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
     if held_out:
         columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
@@ -724,8 +856,8 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
             labels["real held-out"] = held_out and held_out.targets
             rows["judged right"] = {T: judge.score(x.features, labels[T]) for T, x in columns.items()}
         nearest = {T: nearest_neighbours(x.features, real.features)[0].quantile(0.5).item()
-                   for T, x in columns.items()}
-        rows["nearest"] = {T: distance / nearest.get("real held-out", 1.0) for T, distance in nearest.items()}
+                   for T, x in columns.items() if held_out}
+        rows["nearest"] = {T: distance / nearest["real held-out"] for T, distance in nearest.items()}
     if held_out:
         error = gathered(range(len(held_out)), lambda part: (
             again(held_out, part) - to_float(images_of(held_out, part))).square().mean((1, 2, 3)))
@@ -831,7 +963,7 @@ def main(argv=None):
             stored = read_checkpoint(out / "last.pt", "optimizer")
             preset = preset if name else Preset(**stored["preset"])
             given.setdefault("seed", stored["seed"])
-        elif changes.keys() & {"epochs", "iterations"}:     # the length given replaces the preset's
+        if changes.keys() & {"epochs", "iterations"}:       # the length given replaces the preset's
             changes = {"epochs": 0.0, "iterations": 0} | changes
         train(replace(preset, **changes), out, **given, evaluation=judged)
 

@@ -142,7 +142,7 @@ def with_class_token_table(width):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The checkpoint of a tiny digits run, made once."""
-    return train(TINY, tmp_path_factory.mktemp("run") / "tiny", seed=3)
+    return train(TINY, tmp_path_factory.mktemp("run") / "tiny", seed=3, device="cpu")
 
 
 TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_size=8, iterations=6,

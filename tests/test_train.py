@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -21,6 +22,7 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 import fid
+import losses
 import models
 import sample
 import train
@@ -55,12 +57,14 @@ def refused(capsys, *words):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What a log says but for times, which are no numbers of the run."""
+    return [{name: value for name, value in json.loads(line).items() if name not in ("seconds", "images/s")}
+            for line in path.read_text().splitlines()]
 
 
 def assert_same_run(a, b):
     """Weights, average, optimizer and log of two run folders are the same bit for bit."""
-    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    assert lines(a / "log.jsonl") == lines(b / "log.jsonl")
     for name, size in (("last.pt", 40), ("model.pt", 20)):
         one, two = (read_checkpoint(folder / name) for folder in (a, b))
         leaves = tree_leaves(one), tree_leaves(two)
@@ -73,7 +77,7 @@ def assert_same_run(a, b):
 def killed(path, nth):
     """A run dies halfway through writing this checkpoint for the nth time, after the log's line."""
     def half(content, file, whole=torch.save, times=[]):
-        times += [1] * (Path(file.name).with_suffix(".pt") == path)
+        times += [1] * file.name.startswith(f"{path}.")
         if len(times) == nth:
             file.write(b"half a checkpoint")
             raise RuntimeError("killed")
@@ -82,13 +86,13 @@ def killed(path, nth):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(torch, "save", half)
         yield
-    assert path.with_suffix(".tmp").read_bytes() == b"half a checkpoint"
+    assert not [*path.parent.glob("*.tmp")]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A tiny run of 12 iterations that nothing disturbs."""
-    return train.train(LONGER, tmp_path_factory.mktemp("unbroken") / "run", seed=1).parent
+    return train.train(LONGER, tmp_path_factory.mktemp("unbroken") / "run", seed=1, device="cpu").parent
 
 
 @pytest.fixture
@@ -148,7 +152,8 @@ def test_no_two_purposes_steps_or_seeds_share_a_generator():
     ((1.0, 1.0, 0.0, 0.0, 0.1), True)])
 def test_officially_reconstruction_without_pixel_consistency_is_from_the_large_noise(weights, large):
     for official in (True, False):
-        drawn = random_draws(replace(PRESETS["digits"], official=official, weights=weights), 0, 0)
+        mapping = "official" if official else "sigma"
+        drawn = random_draws(replace(PRESETS["digits"], mapping=mapping, weights=weights), 0, 0)
         assert torch.equal(drawn["sigma"], drawn["sigma_sub"]) == (official and large)
 
 
@@ -220,7 +225,7 @@ def test_the_loop_is_what_it_says_written_out(tmp_path, monkeypatch):
     """The encoder learns at half the rate."""
     torch.manual_seed(0)
     perceptual = LPIPS().requires_grad_(False).eval()
-    monkeypatch.setattr(train, "perceptual_distance", {"lpips": perceptual}.get)
+    monkeypatch.setattr(losses, "perceptual_distance", {"lpips": perceptual}.get)
     preset = replace(TINY, **BY_HAND, encoder_lr_scale=0.5)
 
     def loss_of(*args):
@@ -268,8 +273,8 @@ def test_a_run_that_is_evaluated_killed_and_resumed_equals_one_that_nothing_dist
     """Checkpoints at every second iteration, evaluations at every third: both logs are ahead of last.pt."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     preset, broken = replace(TINY, iterations=20, **settings), tmp_path / "broken"
-    whole = train.train(preset, tmp_path / "whole", seed=1).parent
-    evaluated = dict(seed=1, evaluate_every=3 * 8 / 1500, evaluation=dict(count=20, steps=(1, 2)))
+    whole = train.train(preset, tmp_path / "whole", seed=1, device="cpu").parent
+    evaluated = dict(seed=1, device="cpu", evaluate_every=3 * 8 / 1500, evaluation=dict(count=20, steps=(1, 2)))
     with killed(broken / "last.pt", 6):                                     # after 0, 2, 4, 6, 8 and 10
         train.train(preset, broken, **evaluated)
     assert read_checkpoint(broken / "last.pt")["step"] == 8
@@ -313,6 +318,32 @@ def test_ctrl_c_saves_says_where_and_resumes_exactly(
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == stands
     command("--out", tmp_path / "run", "--resume")
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_goes_on_with_a_new_length_on_its_schedule(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    command("--out", tmp_path / "run", "--resume", "--iterations", "16")
+    assert "iterations 12 to 16" in capsys.readouterr().out
+    log, before = lines(tmp_path / "run" / "log.jsonl"), lines(unbroken / "log.jsonl")
+    assert log[:len(before)] == before and [line["step"] for line in log[len(before):]] == [14, 16]
+    assert log[-2]["lr"] == learning_rate(replace(LONGER, iterations=16), 13, 16) > before[-1]["lr"]
+    assert "has 16 iterations already" in refused(capsys, "--out", tmp_path / "run", "--resume", "--epochs", "0.01")
+
+
+def test_a_run_begins_from_a_checkpoint_of_these_or_of_other_classes(trained, folder, tmp_path, capsys):
+    start = load(trained).state_dict()
+    still = ["--lr", "1e-12", "--min-lr", "0", "--iterations", "2", "--no-use-ema", "--init", trained]
+    command(*TINY_FLAGS, *still, "--out", tmp_path / "same")
+    same = load(tmp_path / "same" / "last.pt").state_dict()
+    assert all(torch.allclose(same[name], tensor, atol=1e-6) for name, tensor in start.items())
+    command("--data", folder, *FOLDER_FLAGS, *still, "--out", tmp_path / "other")
+    other = load(tmp_path / "other" / "last.pt").state_dict()
+    changed = {name for name in other if other[name].shape == start[name].shape
+               and not torch.allclose(other[name], start[name], atol=1e-6)}
+    assert not changed and other["encoder.y_embedder.embedding_table.weight"].shape[0] == 3
+    assert f"{len(other) - 2} of {len(other)} tensors taken" in capsys.readouterr().out
+    assert "no weights of such a model" in refused(
+        capsys, *LATENT_FLAGS, "--tokenizer", trained, "--init", trained, "--out", tmp_path / "none")
 
 
 def test_a_finished_run_stays_as_it_is(unbroken, tmp_path, capsys):
@@ -429,11 +460,12 @@ def test_two_nodes_of_one_process_give_the_losses_of_one(continued, tmp_path):
 
 
 @pytest.mark.parametrize("option, tolerance, count", [
-    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, 18 * 5), ("--compile", 1e-6, 1)])
+    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 4) * 5), ("--compile", 1e-6, 1)])
 def test_micro_batches_activation_checkpointing_and_compilation_change_no_loss(
         continued, monkeypatch, option, tolerance, count):
-    """Five blocks an iteration are checkpointed, of E, D and E again. Compiled as one graph, with them, by a
-    backend that needs no compiler, since inductor takes minutes."""
+    """Five blocks an iteration are checkpointed, of E, D and E again, and four times for the memory expected and
+    held-out losses. Compiled as one graph, with them, by a backend that needs no compiler, since inductor takes
+    minutes."""
     calls, (run, compare) = [], continued
 
     def checkpoint(*args, whole=train.checkpoint, **options):
@@ -469,7 +501,7 @@ def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Objective, "forward", look)
     auto, bf16 = (train.train(replace(TINY, precision=name), tmp_path / name, seed=3, device="cpu").parent
                   for name in ("auto", "bf16"))
-    assert seen == [False] * 6 + [True] * 6
+    assert seen == [False] * 10 + [True] * 10           # 6 in training, for the memory, for 3 held-out losses
     for a, b in zip(lines(bf16 / "log.jsonl"), lines(auto / "log.jsonl"), strict=True):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     stored = read_checkpoint(bf16 / "last.pt")
@@ -500,6 +532,15 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
     output = capsys.readouterr().out
     assert all(str(run / name) in output for name in pictures)
     assert [line["step"] for line in lines(run / "log.jsonl")] == [2, 4, 6]
+    first, *rest = output.splitlines()                                      # without a terminal: plain lines
+    assert re.match(rf"{run}: 1,500 images of 10 classes \(0 = 0, 1 = 1, .*\), 297 held out; [\d,]+ parameters, "
+                    r"some \d\.\d GB on \w+, float32; batch 8, rate 0.004, of the encoder 0.004; iterations 0 to 6, "
+                    r"0.032 epochs$", first)
+    assert [line.split()[0] for line in rest if "images/s" in line] == ["2/6", "4/6", "6/6"]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == pytest.approx([16 / 1500, 32 / 1500, 48 / 1500])
+    assert all(line["images/s"] > 0 and line["held_out_recon_l1"] > 0 for line in log)
+    assert 0 < log[0]["seconds"] < log[1]["seconds"] < log[2]["seconds"]
     for line in lines(run / "log.jsonl"):
         parts = [line[name] for name in WEIGHT_NAMES]
         assert line["loss"] == pytest.approx(sum(w * part for w, part in zip(TINY.weights, parts)), rel=1e-5)
@@ -509,24 +550,43 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
     assert all(isinstance(leaf, plain) for leaf in tree_leaves([last, model]))
 
 
+@pytest.mark.parametrize("samples, again, said", [
+    (lambda x: x.flip(1), lambda x: x + 0.1, None), (lambda x: x.flip(1), lambda x: 0 * x, "next to nothing"),
+    (lambda x: x.flip(1), lambda x: x / 0, "next to nothing"),
+    (lambda x: x.mean(1, keepdim=True).expand_as(x), lambda x: x, "nearly all alike"),
+    (lambda x: x.flip(0), lambda x: x, "do not resemble their classes")])
+def test_a_run_says_what_to_try_when_its_pictures_are_grey_alike_or_rubbish(
+        trained, tmp_path, monkeypatch, capsys, samples, again, said):
+    """Samples and reconstructions are made of the held-out digits that they are drawn beside."""
+    shutil.copy(trained.parent / "log.jsonl", tmp_path)
+    data, by_class = load_data(TINY)[1], lambda x: x.unflatten(0, (10, 5))
+    places = [place for k in range(10) for place in np.flatnonzero(np.array(data.targets) == k)[:5]]
+    x = sample.to_float(torch.stack([data[place][0] for place in places]))
+    monkeypatch.setattr(train, "sampler", lambda model: lambda *args: samples(by_class(x)).flatten(0, 1))
+    monkeypatch.setattr(train, "reconstruct", lambda *args: again(x))
+    train.draw(tmp_path / "samples.png", load(trained), data)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith("losses.png") and len(rest) == (said is not None) and (not said or said in rest[0])
+
+
 def test_seeds_and_only_seeds_and_settings_decide_a_run(trained, tmp_path):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert_same_run(train.train(TINY, tmp_path / "again", seed=3).parent, trained.parent)
+    assert_same_run(train.train(TINY, tmp_path / "again", seed=3, device="cpu").parent, trained.parent)
     assert torch.equal(before, torch.get_rng_state())               # the global random state is left alone
-    other = train.train(TINY, tmp_path / "other", seed=4)
-    assert (other.parent / "log.jsonl").read_bytes() != (trained.parent / "log.jsonl").read_bytes()
+    other = train.train(TINY, tmp_path / "other", seed=4, device="cpu")
+    assert lines(other.parent / "log.jsonl") != lines(trained.parent / "log.jsonl")
 
 
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_part(tmp_path, capsys, monkeypatch):
     calls = []
 
-    def breaks(*args, whole=train.sphere_encoder_loss):
-        calls.append(1)
+    def breaks(*args, whole=losses.sphere_encoder_loss):
+        calls.append(torch.is_grad_enabled() and len(args[1]) == 8)         # in a training step
         loss, parts = whole(*args)
-        return loss, {**parts, "con_l1": parts["con_l1"] / (0 if len(calls) == 5 else 1)}
+        return loss, {**parts, "con_l1": parts["con_l1"] / (0 if sum(calls) == 5 else 1)}
 
-    monkeypatch.setattr(train, "sphere_encoder_loss", breaks)
+    monkeypatch.setattr(losses, "sphere_encoder_loss", breaks)
     line = refused(capsys, "--out", tmp_path / "run", *LONGER_FLAGS)
     assert "con_l1" in line and "iteration 5" in line
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
@@ -544,10 +604,17 @@ def test_digits_are_split_1500_297_and_repeated_to_three_channels():
     assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
 
 
+def test_many_images_are_read_when_they_are_asked_for_and_train_the_same_model(folder, tmp_path, monkeypatch):
+    for name, limit in (("few", 2**30), ("many", 0)):
+        monkeypatch.setattr(train, "IN_MEMORY", limit)
+        command("--data", folder, "--out", tmp_path / name, *FOLDER_FLAGS, "--workers", "1", "--device", "cpu")
+    assert_same_run(tmp_path / "few", tmp_path / "many")
+
+
 def test_any_folder_of_class_folders_trains_and_evaluates(folder, tmp_path, capsys):
     for path in list((folder / "red").iterdir())[1:]:                       # one image of a class is enough
         path.unlink()
-    command("--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS, "--workers", "1")
+    command("--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS)
     assert Image.open(tmp_path / "run" / "samples-000006.png").height > 100
     assert load(tmp_path / "run" / "last.pt").class_names == ["blue", "red"]
     command("--evaluate", tmp_path / "run" / "model.pt", "--count", "20", "--steps", "1")
@@ -564,25 +631,63 @@ def test_held_out_folders_are_told_apart_but_animal_faces_train_on_all(folder, t
         assert data[0][0].shape == (3, 16, 16) and data[0][0].dtype == torch.uint8
     faces, none, _ = load_data(replace(PRESETS["animal-faces"], **at))
     assert len(faces) == 24 and none is None and faces.targets == data.targets + held_out.targets
-    shutil.rmtree(tmp_path / "set" / "val" / "red")
-    with pytest.raises(ValueError, match="held-out ones"):
+    (tmp_path / "set" / "val" / "red").rename(tmp_path / "set" / "val" / "green")
+    with pytest.raises(ValueError, match=r"has the classes \['blue', 'green'\], the training"):
         load_data(replace(PRESETS["folder"], **at))
 
 
-def test_an_unconditional_model_trains_on_a_single_class(folder, tmp_path, capsys):
+@pytest.mark.parametrize("paths, trained, held_out, names, said", [
+    ("train/cat/1 train/dog/1 valid/dog/1 test/cat/1", [0, 1], [1], ["cat", "dog"],
+     "train for training, valid held out, test unused; 1 of 4 images left out"),
+    ("Train/cat/1 Train/dog/1 Test/dog/1", [0, 1], [1], ["cat", "dog"], "Train for training, Test held out"),
+    ("train/1 val/1", [0], [0], [], "train for training, val held out"),
+    ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"], None),         # railways, no split
+    ("val/1 test/1", [1, 0], None, ["test", "val"], None),
+    ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], None),
+    ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "folders are classes; 1 of 3 images left out")])
+def test_folders_are_classes_or_splits_and_what_was_taken_as_what_is_said(
+        tmp_path, recwarn, paths, trained, held_out, names, said):
+    for path in paths.split():
+        for copy in range(5):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(f"{tmp_path / path}-{copy}.png")
+    data, rest, found = load_data(replace(PRESETS["folder"], data=str(tmp_path), image_size=8))
+    assert (sorted(data.targets), found) == (sorted(5 * trained), names)
+    assert rest is None if held_out is None else rest.targets == 5 * held_out
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (said is not None) and (not said or said.replace("1 of", "5 of") .replace(
+        "of 4", "of 20").replace("of 3", "of 15") in told[0])
+
+
+def test_held_out_images_too_few_to_compare_with_are_left_out_and_that_is_said(folder, tmp_path):
+    for split, n in (("train", 6), ("val", 2)):
+        for kind in ("blue", "red"):
+            (tmp_path / "set" / split / kind).mkdir(parents=True)
+            for path in sorted((folder / kind).iterdir())[:n]:
+                shutil.copy(path, tmp_path / "set" / split / kind)
+    with pytest.warns(UserWarning, match="4 held-out images are too few to compare with"):
+        assert load_data(replace(PRESETS["folder"], data=str(tmp_path / "set"), image_size=16))[1] is None
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_folder_of_images_or_of_one_class_trains_without_classes(folder, tmp_path, capsys, flat):
     shutil.rmtree(folder / "red")
-    words = ["--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS]
-    assert "--no-conditional" in refused(capsys, *words)
-    command(*words, "--no-conditional")
+    if flat:
+        for path in (folder / "blue").iterdir():
+            path.rename(folder / path.name)
+    command("--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS)
     assert load(tmp_path / "run" / "last.pt").num_classes == 0
+    assert "6 images of no class" in capsys.readouterr().out
     assert "judged right" not in evaluate(tmp_path / "run" / "model.pt", count=10, steps=(1,))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named_in_one_line(folder, tmp_path, capsys, workers):
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_a_corrupt_image_is_named_in_one_line(folder, tmp_path, capsys, monkeypatch, in_memory):
+    monkeypatch.setattr(train, "IN_MEMORY", in_memory)
     (folder / "red" / "3.png").write_bytes(b"rubbish")
-    line = refused(capsys, "--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS, "--workers", workers)
-    assert line.startswith(f"train.py: {folder / 'red' / '3.png'}: not a readable image")
+    line = refused(capsys, "--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS)
+    assert f"1 of 12 images cannot be used; remove or replace them: {folder / 'red' / '3.png'}: not a readable image" in line
+    assert not (tmp_path / "run").exists()                                  # so that a new start is possible
 
 
 def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
@@ -601,19 +706,35 @@ def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
     assert image.double().mean() == 255 * (28 / 32) ** 2
 
 
+@pytest.mark.parametrize("name, spoil", [
+    ("train-images-idx3-ubyte", lambda x: x[:-9]), ("train-labels-idx1-ubyte", lambda x: b""),
+    ("t10k-images-idx3-ubyte", lambda x: b"\0\0\x07\x03" + x[4:]), ("t10k-labels-idx1-ubyte", lambda x: x[:3]),
+    ("train-labels-idx1-ubyte", lambda x: x[:7] + b"\x09" + x[8:17]),            # fewer than images
+    ("train-labels-idx1-ubyte", lambda x: x[:-1] + b"\xc8")])                  # class 200
+def test_broken_files_of_fashion_mnist_are_one_line(tmp_path, capsys, name, spoil):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 10), ("t10k", 10)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + bytes(784 * n))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(range(n)))
+    words = ["--preset", "fashion-mnist", "--data", tmp_path, "--out", tmp_path / "run"]
+    (raw / name).write_bytes(spoil((raw / name).read_bytes()))
+    assert f"{tmp_path}: fashion-mnist can be neither read" in refused(capsys, *words)
+
+
 def test_cifar10_is_read_from_its_unpacked_files(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 3072), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
     files = {f"data_batch_{i + 1}": {"data": pixels[i:i + 1], "labels": [9 - i]} for i in range(5)}
-    files |= {"test_batch": {"data": pixels[5:], "labels": [5, 6]},
-              "batches.meta": {"label_names": ["a", "b"]}}
+    files |= {"test_batch": {"data": pixels[5:], "labels": [5, 6, 7, 8, 9]},
+              "batches.meta": {"label_names": list("abcdefghij")}}
     for name, content in files.items():
         (folder / name).write_bytes(pickle.dumps(content))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *file: True)
     data, held_out, names = load_data(replace(PRESETS["cifar10"], data=str(tmp_path)))
-    assert (len(data), len(held_out), names) == (5, 2, ["a", "b"])
-    assert data.targets == [9, 8, 7, 6, 5] and held_out.targets == [5, 6]
+    assert (len(data), len(held_out), names) == (5, 5, list("abcdefghij"))
+    assert data.targets == [9, 8, 7, 6, 5] and held_out.targets == [5, 6, 7, 8, 9]
     for i in range(5):
         assert np.array_equal(data[i][0], pixels[i].reshape(3, 32, 32)) and data[i][1] == data.targets[i]
 
@@ -641,7 +762,7 @@ def test_exported_images_are_those_of_the_data_set_and_can_be_trained_on(tmp_pat
     for data, original in zip(files[:2], originals[:2]):
         for i in (0, 7, 99):
             image, label = data[i]
-            place = int(Path(data.samples[i][0]).stem)
+            place = int(data.paths[i].stem)
             assert torch.equal(image, original[place][0]) and int(files[2][label]) == original[place][1]
 
 
@@ -818,7 +939,7 @@ def test_guidance_and_sampling_options_reach_the_samples_that_are_judged(kind, r
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--preset folder --data nowhere", "nowhere: folder can be neither read"), ("--evaluate no.pt", "no.pt"),
+    ("--preset folder --data nowhere", "nowhere: no such folder"), ("--evaluate no.pt", "no.pt"),
     ("--preset fashion-mnist --data nowhere", "nowhere: fashion-mnist can be neither read nor downloaded"),
     ("--evaluate damaged.pt", "damaged.pt"), ("--resume", "last.pt"),
     ("--preset digits-latent --tokenizer damaged.pt", "damaged.pt"),
@@ -890,8 +1011,9 @@ def test_a_run_of_two_phases_resumes_from_either(tmp_path, monkeypatch):
 
 
 def test_cached_latents_are_the_tokenizers_and_train_the_same_model(
-        folder, tiny_tokenizer, tokenizer, tmp_path):
-    """Image files, which are encoded anew in every iteration if no cache is asked for."""
+        folder, tiny_tokenizer, tokenizer, tmp_path, monkeypatch):
+    """Many image files, which are encoded anew in every iteration if no cache is asked for."""
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
     preset = replace(TINY_LATENT, dataset="folder", data=str(folder), tokenizer=str(tiny_tokenizer),
                      flip=True)
     path = tmp_path / "cache" / "z.npy"
@@ -927,6 +1049,28 @@ def test_a_stale_or_damaged_cache_is_refused_by_name_and_left(tokenizer, tmp_pat
     with pytest.raises(ValueError) as error:
         train.LatentCache(path, data, tokenizer, what == "flip", "cpu")
     assert str(path) in str(error.value) and path.read_bytes() == before
+
+
+def test_a_cache_of_changed_images_is_made_anew(folder, tokenizer, tmp_path, recwarn):
+    """One in the middle keeps its name, its size and its time."""
+    preset, path = replace(PRESETS["folder"], data=str(folder), image_size=16), tmp_path / "z.npy"
+    one, same = (train.LatentCache(path, load_data(preset)[0], tokenizer, False, "cpu").latents.copy()
+                 for _ in range(2))
+    assert np.array_equal(one, same) and not recwarn
+    image = folder / "red" / "0.png"
+    times, turned = image.stat(), Image.open(image).rotate(180)
+    turned.save(image)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.warns(UserWarning, match="made anew"):
+        new = train.LatentCache(path, load_data(preset)[0], tokenizer, False, "cpu").latents
+    assert [*np.flatnonzero(np.abs(new - one).max((1, 2, 3)) > 1e-3)] == [6]
+
+
+def test_a_cache_that_was_read_is_still_pickled_by_its_path(tokenizer, tmp_path):
+    cache = train.LatentCache(tmp_path / "z.npy", load_data(TINY)[0], tokenizer, False, "cpu")
+    before = cache[3][0]
+    assert len(pickle.dumps(cache)) < 10_000 < (tmp_path / "z.npy").stat().st_size
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[3][0], before)
 
 
 def test_two_writers_of_a_cache_at_once_both_end_with_a_whole_file(tokenizer, tmp_path, monkeypatch):
