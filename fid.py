@@ -16,7 +16,6 @@ import re
 import sys
 import time
 import warnings
-import zipfile
 from collections import namedtuple
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -84,7 +83,7 @@ def inception_score(logits, splits=10):
 
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
     returns  (mean, standard deviation) over the parts, at most the images of a part: a warning says so if
-             these are fewer than the classes. Raises ValueError if they are not even two"""
+             these are fewer than the classes. Raises ValueError if there are no more images than parts"""
     scores, (n, classes) = [], logits.shape
     if n <= splits:
         raise ValueError(f"an Inception Score of {splits} parts needs more than {splits} images, got {n}")
@@ -212,7 +211,9 @@ def load_statistics(path, features):
                 said = file["features"].item()
         if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu.sum() + sigma.sum()):
             raise ValueError(f"mu has shape {mu.shape}, sigma {sigma.shape}, or they are not finite")
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:                              # NumPy and zipfile know a dozen kinds
         raise ValueError(f"{path}: not an npz file of statistics (mu, sigma) or images ({error})") from None
     if said != features:
         raise ValueError(f"{path} holds statistics of {said}; name them: --features")
@@ -354,9 +355,9 @@ def find_images(folder):
     what else was left out. Raises ValueError for a folder without images."""
     paths, others = [], []
     for where, folders, files in os.walk(folder, followlinks=True):
-        here = Path(where).resolve()                        # a link to a folder above would have no end
-        folders[:] = [name for name in folders
-                      if not name.startswith(HIDDEN) and not here.is_relative_to((here / name).resolve())]
+        above = {path.resolve() for path in (Path(where), *Path(where).absolute().parents)}
+        folders[:] = [name for name in folders              # a link to a folder above would have no end
+                      if not name.startswith(HIDDEN) and Path(where, name).resolve() not in above]
         for path in (Path(where, name) for name in files if not name.startswith(HIDDEN)):
             (paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() else others).append(path)
     if not paths:
@@ -384,10 +385,11 @@ class ImageSet:
         ValueError for unequal sizes, and at the end, naming every file that cannot be read."""
         faults, first = [], None
         with ThreadPool() as pool:
-            for i in tqdm(range(0, len(self), size), "reading images", unit="batch", disable=None):
+            quiet = os.environ.get("RANK", "0") != "0" or None          # without a terminal, too
+            for i in tqdm(range(0, len(self), size), "reading images", unit="batch", disable=quiet):
                 images = pool.map(self._image_or_fault, range(i, min(i + size, len(self))))
                 faults += [fault for fault in images if isinstance(fault, str)]
-                for path, x in zip(self.paths[i:], [] if faults else images):
+                for path, x in zip(self.paths[i:i + size], [] if faults else images):
                     first = x if first is None else first
                     if x.shape != first.shape:
                         raise ValueError(f"{path} has {x.shape[2]}x{x.shape[1]} pixels, {self.paths[0]} "
@@ -409,8 +411,9 @@ class ImageSet:
 
 
 @contextlib.contextmanager
-def whole_file(path, overwrite=True):
-    """A file to write beside a path, which takes the path's name when it is whole and is removed if not."""
+def whole_file(path, overwrite=True, sync=True):
+    """A file to write beside a path, which takes the path's name when it is whole and is removed if not; with
+    sync it is on the disk by then, whatever the power does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{uuid4().hex}.tmp")               # of this writer alone
@@ -418,11 +421,12 @@ def whole_file(path, overwrite=True):
         with open(beside, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if overwrite or not path.exists():                  # perhaps another process came first
             os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error                  # torch.save hides that of a full disk
+        cause = error.__context__ if isinstance(error, RuntimeError) else error     # of torch.save
         full = isinstance(cause, OSError) and cause.errno and not cause.filename
         raise OSError(f"{path} not written: {cause.strerror}") if full else error
     finally:
@@ -432,13 +436,14 @@ def whole_file(path, overwrite=True):
 def pick_device(name=None):
     """Device of a name; of None, the GPU if there is one. Turns TF32 off. Raises ValueError for no device."""
     torch.backends.cudnn.allow_tf32 = False                 # PyTorch's default for matrix products
-    gpu = torch.cuda.is_available()
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        x = torch.zeros(1, device=name or ("cuda" if gpu else "cpu"))
+        x = torch.zeros(1, device=name)
         x.item()                                            # there are devices without numbers
         return x.device
-    except Exception:
-        raise ValueError(f"--device {name} cannot be used here, but cpu{' and cuda' * gpu} can") from None
+    except Exception as error:
+        why = str(error).splitlines()[0].partition("Expected one of")[0]                # a long list
+        raise ValueError(f"--device {name} cannot be used here, cpu can {f'({why})' * bool(why)}") from None
 
 
 @contextlib.contextmanager
@@ -450,15 +455,15 @@ def errors_in_one_line(program):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")            # a console may lack a letter
     try:
-        if program != "train.py" and "WORLD_SIZE" in os.environ:
+        if program != "train.py" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"runs as one process: python {program}; only train.py runs under torchrun")
         yield
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError, TypeError) as error:
         message = str(error) or "interrupted"
         if isinstance(error, (RuntimeError, TypeError)) and not re.search(
-                "state_dict|keyword arg|multiple values|not supported between|compiler", message):
+                r"state_dict|keyword arg|multiple values|not supported between|C(\+\+)? compiler", message):
             raise                                           # a mistake of ours
-        if "compiler" in message:
+        if isinstance(error, RuntimeError) and "compiler" in message:
             message = f"--compile finds no compiler that works: {message}"
         if "Original Traceback" in message:                 # of a process that reads images: look at the end
             message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -473,7 +478,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("fid.py", "fid.py A [B] [options]; --help lists them", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", metavar="A", help="generated images: a folder, or statistics in an npz file")
+    add("images", metavar="A", help="generated images: a folder, or an npz file of images or of statistics")
     add("reference", metavar="B", nargs="?", help="real ones, likewise")
     add("--features", choices=FEATURES, default=FEATURES[0],
         help="of Inception, fed as by torch-fidelity or pytorch-fid, or raw pixels (%(default)s)")
@@ -487,10 +492,10 @@ def main(argv=None):
     if args.save and Path(args.save).exists():
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
     device = pick_device(args.device)
+    sets = [load_statistics(path, args.features) if path.lower().endswith(".npz")
+            else ImageSet(find_images(path)) for path in (args.images, args.reference) if path]
     saved = whole_file(args.save, overwrite=False) if args.save else contextlib.nullcontext()
     with saved as file:                                     # a place that cannot be written to fails now
-        sets = [load_statistics(path, args.features) if path.lower().endswith(".npz")
-                else ImageSet(find_images(path)) for path in (args.images, args.reference) if path]
         network = None
         for k, images in enumerate(sets):
             if not isinstance(images, Extracted):

@@ -344,7 +344,7 @@ def to_pil(x, zoom=1):
 
 def save_image(image, path, **options):
     """Write a PIL image, whole or not at all, in the format that the path's suffix says."""
-    with whole_file(path) as file:
+    with whole_file(path, sync=False) as file:
         image.save(file, path.suffix[1:], **options)
 
 

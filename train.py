@@ -2,7 +2,7 @@
 
     python train.py                                                   # handwritten digits, in minutes
     python train.py --preset digits-latent                            # the same with a Sphere Latent Encoder
-    python train.py --preset folder --data photos --out out/photos    # any folder of class folders
+    python train.py --preset folder --data photos --out out/photos    # any folder of images, or of classes
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
     python train.py --evaluate out/digits/last.pt
 """
@@ -32,7 +32,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -268,7 +268,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
             done, ends = step + 1, step + 1 == total
             if done % LOG_EVERY and not ends:
                 continue
-            images = len(window) * preset.batch_size
+            now, images = time.time(), len(window) * preset.batch_size
             means, stops = mean_over_window(window, done, interrupted)
             saves = done % save_every == 0 or ends or stops
             model.eval()
@@ -277,7 +277,6 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
                     with torch.no_grad():
                         parts = first_losses(objective, preset, model, held_out, 64, bf16)[1]
                     means["held_out_" + next(iter(parts))] = next(iter(parts.values())).item()
-                now = time.time()
                 log(out, bar, {"step": done, "epoch": done * preset.batch_size / len(data),
                                "seconds": now - began, "images/s": images / (now - since), **means, "lr": lr})
                 if saves:
@@ -374,14 +373,15 @@ def build(preset, class_names, tokenizer, seed, device, stored, data):
 
 def begin_from(path, model):
     """Give a model a checkpoint's weights of the same name and shape; class tables if all classes agree."""
-    other, own = load(path), model.state_dict()
+    other, own = first_process_first(lambda: load(path)), model.state_dict()
     fits = {name: tensor for name, tensor in other.state_dict().items()
             if name in own and own[name].shape == tensor.shape
             and ("embedding_table" not in name or other.class_names == model.class_names)}
     if not fits:
         raise ValueError(f"--init {path} has no weights of such a model")
     model.load_state_dict(fits, strict=False)
-    print(f"{path}: {len(fits)} of {len(own)} tensors taken")
+    if process_rank()[0] == 0:
+        print(f"{path}: {len(fits)} of {len(own)} tensors taken")
 
 
 def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
@@ -405,10 +405,10 @@ def first_losses(objective, preset, model, data, count, bf16):
     """(loss, parts) of some images of a data set, not mirrored, with the same noise at every call."""
     places, tokenizer = some(data, count), getattr(model, "tokenizer", None)
     labels = torch.tensor([data.targets[i] for i in places])
-    x, *others = inputs(replace(preset, batch_size=len(places), flip=False), model, images_of(data, places),
-                        labels, 0, 0)
+    p = replace(preset, batch_size=max(3, len(places)), flip=False)         # official draws are of 3 or more
+    x, *others = inputs(p, model, images_of(data, places), labels, 0, 0, slice(len(places)))
+    x = tokenizer.encode(x) if tokenizer else x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        x = tokenizer.encode(x) if tokenizer else x
         return getattr(objective, "module", objective).forward(x, *others)      # not compiled for this batch
 
 
@@ -539,7 +539,7 @@ def draw(path, model, data, rows=10):
         tqdm.write("reconstructions show next to nothing: if that stays, --lr is far too low or too high")
     elif spread < 0.2 * spread_x:
         tqdm.write("samples of a class are nearly all alike: if that stays, lower --alpha-max, --alpha-hard")
-    elif model.num_classes and F.cosine_similarity(kinds, kinds_x, dim=0) < 0.35:
+    elif model.num_classes and classes[1:] and F.cosine_similarity(kinds, kinds_x, dim=0) < 0.35:
         tqdm.write("samples do not resemble their classes: if that stays, raise --alpha-max")
 
 
@@ -636,19 +636,21 @@ def folder_parts(root):
     splits = [name for split in SPLITS for name in sorted(top) if name.lower() == split]
     splits = splits if {*splits} == top and splits and splits[0].lower() == "train" else []
     for split in splits[:2] or [None]:
-        inside = {path: parts[bool(split):] for path, parts in below.items() if split in (None, parts[0])}
+        inside = {path: names[bool(split):] for path, names in below.items() if split in (None, names[0])}
         classes = sorted({first for first, *rest in inside.values() if rest})
+        classes = classes if classes[1:] or names else []
         names = names or classes
+        number = {name: k for k, name in enumerate(names)}
         if not {*classes} <= {*names} or names and not classes:
             raise ValueError(f"{root}: {split} has the classes {classes}, the training images have {names}")
-        parts.append([*zip(*((path, names.index(first) if rest else 0)
+        parts.append([*zip(*((path, number[first] if classes else 0)
                              for path, (first, *rest) in inside.items() if rest or not classes))])
     unused = len(paths) - sum(len(part[0]) for part in parts)
     if splits or unused:
         roles = ["for training", "held out", *["unused"] * 3]
         uses = ", ".join(f"{split} {role}" for split, role in zip(splits, roles))
         warnings.warn(f"{root}: {uses or 'folders are classes'}; {unused} of {len(paths)} images left out")
-    return parts, [os.fsencode(name).decode("utf-8", "replace") for name in names] if names[1:] else []
+    return parts, [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
 def from_files(paths, targets, size):
@@ -691,13 +693,14 @@ class LatentCache(Dataset):
             x = to_float(images.to(device))
             return torch.stack([tokenizer.encode(view) for view in (x, x.flip(-1))[:1 + flip]], dim=1).cpu()
 
+        changed = False
         with contextlib.suppress(ValueError, EOFError, FileNotFoundError):          # damaged, or to be made
-            whole = np.load(self.path, mmap_mode="r").shape == shape
-            if whole and np.memmap(self.path, mode="r")[-32:].tobytes() != seal:
-                warnings.warn(f"{self.path}: images have changed since, so it is made anew")
-                self.path.unlink(missing_ok=True)
-        if not self.path.exists():
-            with whole_file(self.path, overwrite=False) as file:            # as one that came first made it
+            changed = (np.load(self.path, mmap_mode="r").shape == shape
+                       and np.memmap(self.path, mode="r")[-32:].tobytes() != seal)
+        if changed:
+            warnings.warn(f"{self.path} is of other images, or of these before they changed; it is made anew")
+        if changed or not self.path.exists():
+            with whole_file(self.path, overwrite=changed) as file:          # or another run came first
                 np.lib.format.write_array_header_1_0(
                     file, {"descr": "<f4", "fortran_order": False, "shape": shape})
                 loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0, "loader"))
@@ -838,13 +841,14 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     sampler(model)(model, [0], steps[0], cfg, first=0, **sampling)      # what it prepares is not to be timed
     real = (load_statistics(reference, features) if reference
             else extracted(places, partial(images_of, train_set)))
-    if torch.is_tensor(real):
-        raise ValueError(f"{reference} holds images; fid.py {reference} --save makes statistics of them")
+    if torch.is_tensor(images := real):                     # images, not statistics
+        real = extracted(range(len(images)), lambda part: images[part])
     columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
     if held_out:
         columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
     cells = {column: compare(images, real, features) for column, images in columns.items()}
-    rows = {row: {column: cells[column][row] for column in cells} for row in cells[f"T = {steps[0]}"]}
+    rows = {row: {column: cells[column][row] for column in cells if row in cells[column]}
+            for row in cells[f"T = {steps[0]}"]}
     if not pixels:
         again_8_bits = extracted(places, lambda part: to_uint8((again(train_set, part) + 1) / 2))
         rows["rFID"] = {"training set": compare(again_8_bits, real, features)["FID"]}

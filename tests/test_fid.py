@@ -213,6 +213,7 @@ def odd_folder(root):
     (root / "real").rmdir()
     (root / "a/linked").symlink_to(root.parent / "elsewhere")
     (root / "b/loop").symlink_to(root)
+    (root.parent / "elsewhere/back").symlink_to(root / "a")                 # where it is linked from
     (root / "b/broken.png").symlink_to("nowhere")
     os.mkfifo(root / "b/pipe.png")
     return root
@@ -602,7 +603,8 @@ def test_a_console_without_a_letter_ends_no_command(folders, monkeypatch):
 
 @pytest.mark.parametrize("program", [fid, sample])
 def test_programs_of_one_process_say_so_under_torchrun(monkeypatch, capsys, program):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        program.main(["a", "b"])
-    assert "torchrun" in one_line(capsys, f"{program.__name__}.py: ")
+    for processes, named in (("2", "torchrun"), ("1", "nowhere")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(SystemExit):
+            program.main({"fid": ["nowhere", "b"], "sample": ["--checkpoint", "nowhere"]}[program.__name__])
+        assert named in one_line(capsys, f"{program.__name__}.py: ")

@@ -336,7 +336,7 @@ def test_a_run_begins_from_a_checkpoint_of_these_or_of_other_classes(trained, fo
     command(*TINY_FLAGS, *still, "--out", tmp_path / "same")
     same = load(tmp_path / "same" / "last.pt").state_dict()
     assert all(torch.allclose(same[name], tensor, atol=1e-6) for name, tensor in start.items())
-    command("--data", folder, *FOLDER_FLAGS, *still, "--out", tmp_path / "other")
+    command("--data", folder, *FOLDER_FLAGS, "--patch-size", "4", *still, "--out", tmp_path / "other")
     other = load(tmp_path / "other" / "last.pt").state_dict()
     changed = {name for name in other if other[name].shape == start[name].shape
                and not torch.allclose(other[name], start[name], atol=1e-6)}
@@ -460,10 +460,10 @@ def test_two_nodes_of_one_process_give_the_losses_of_one(continued, tmp_path):
 
 
 @pytest.mark.parametrize("option, tolerance, count", [
-    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 4) * 5), ("--compile", 1e-6, 1)])
+    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 5) * 5), ("--compile", 1e-6, 1)])
 def test_micro_batches_activation_checkpointing_and_compilation_change_no_loss(
         continued, monkeypatch, option, tolerance, count):
-    """Five blocks an iteration are checkpointed, of E, D and E again, and four times for the memory expected and
+    """Five blocks an iteration are checkpointed, of E, D and E again, and five times for the memory expected and
     held-out losses. Compiled as one graph, with them, by a backend that needs no compiler, since inductor takes
     minutes."""
     calls, (run, compare) = [], continued
@@ -501,7 +501,7 @@ def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Objective, "forward", look)
     auto, bf16 = (train.train(replace(TINY, precision=name), tmp_path / name, seed=3, device="cpu").parent
                   for name in ("auto", "bf16"))
-    assert seen == [False] * 10 + [True] * 10           # 6 in training, for the memory, for 3 held-out losses
+    assert seen == [False] * 11 + [True] * 11           # 6 in training, 2 for the memory, 3 of held-out images
     for a, b in zip(lines(bf16 / "log.jsonl"), lines(auto / "log.jsonl"), strict=True):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     stored = read_checkpoint(bf16 / "last.pt")
@@ -644,6 +644,7 @@ def test_held_out_folders_are_told_apart_but_animal_faces_train_on_all(folder, t
     ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"], None),         # railways, no split
     ("val/1 test/1", [1, 0], None, ["test", "val"], None),
     ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], None),
+    ("a/1 cover", [0, 0], None, [], None), ("train/a/1 train/b/1 val/b/1", [0, 1], [1], ["a", "b"], "val held out"),
     ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "folders are classes; 1 of 3 images left out")])
 def test_folders_are_classes_or_splits_and_what_was_taken_as_what_is_said(
         tmp_path, recwarn, paths, trained, held_out, names, said):
@@ -890,6 +891,8 @@ def test_stored_statistics_of_the_training_images_replace_them(photos_run, tmp_p
     fid.main([str(real), "--save", str(r), "--features", "pixels"])
     direct, stored = (distance(model, reference=npz) for npz in (None, r))
     assert stored == pytest.approx(direct, rel=1e-4)                        # its mean is float32
+    np.savez(tmp_path / "images.npz", arr_0=[np.asarray(Image.open(path)) for path in fid.find_images(real)])
+    assert distance(model, reference=tmp_path / "images.npz") == pytest.approx(direct, rel=1e-6)
     moved, (mu, sigma) = [], (np.load(r)[name] for name in ("mu", "sigma"))
     for gap in (1, -1):                                 # the squared gap of means is a parabola in the shift
         np.savez(tmp_path / f"{gap}.npz", features="pixels", sigma=sigma, mu=mu + gap)
@@ -897,7 +900,7 @@ def test_stored_statistics_of_the_training_images_replace_them(photos_run, tmp_p
     assert sum(moved) == pytest.approx(2 * direct + 2 * 768, rel=1e-3)
 
 
-@pytest.mark.parametrize("preset", [TINY, TOKENIZER, TINY_LATENT])
+@pytest.mark.parametrize("preset", [TINY, TOKENIZER, TINY_LATENT, replace(TINY, mapping="official")])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_every_family_trains_and_is_judged_with_classes_and_without(
         preset, conditional, tiny_tokenizer, tmp_path):
