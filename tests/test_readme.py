@@ -70,7 +70,8 @@ def test_readme_sampling_commands_draw(argv, trained, tmp_path):
                          ids=" ".join)
 def test_readme_command_for_released_weights_is_understood(argv, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(sample, "load", lambda *arguments: seen.append(arguments) or SimpleNamespace(class_names=[]))
+    monkeypatch.setattr(sample, "load",
+                        lambda *arguments: seen.append(arguments) or SimpleNamespace(class_names=[]))
 
     def draw(args, model, how):
         """Nothing."""

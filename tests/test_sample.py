@@ -429,7 +429,8 @@ def test_classes_are_asked_for_by_name_or_by_number_where_there_is_no_such_name(
         seen.extend(y), torch.zeros(len(y), 3, 12, 20))[1])
     run("any.pt", tmp_path / "out", f"--count 4 --classes {words}")
     assert seen == drawn and f"{drawn[0]} = {['a', '10', 'b'][drawn[0]]}" in capsys.readouterr().out
-    assert "0 = a, 1 = 10, 2 = b, 3 = null, not 4" in refusal(capsys, "any.pt", tmp_path / "none", "--classes 4")
+    refused = refusal(capsys, "any.pt", tmp_path / "none", "--classes 4")
+    assert "0 = a, 1 = 10, 2 = b, 3 = null, not 4" in refused
 
 
 def test_images_in_an_npz_file_are_those_of_single_files(trained, tmp_path, capsys):
@@ -455,7 +456,8 @@ def test_long_rows_of_a_picture_go_on_below():
 
 
 @pytest.mark.parametrize("content, named", [
-    (dict(preset=argparse.Namespace()), "it holds a argparse.Namespace"), (dict(model={}), "it has no tokenizer"),
+    (dict(preset=argparse.Namespace()), "it holds a argparse.Namespace"),
+    (dict(model={}), "it has no tokenizer"),
     (None, "another kind of file, or damaged")])
 def test_what_is_no_checkpoint_is_named_with_its_cause(tmp_path, content, named):
     torch.save(content, tmp_path / "x.pt")
@@ -696,7 +698,7 @@ def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_la
     run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
     with Image.open(tmp_path / "interpolate.gif") as animation:             # equal neighbours are one frame
         assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == 4 * 120
-        assert animation.size == (6 * (3 * 17 + 1), 6 * (2 * 17 + 1))       # a grid of five walks, six times as large
+        assert animation.size == (6 * (3 * 17 + 1), 6 * (2 * 17 + 1))       # a grid of five walks, enlarged
 
 
 @pytest.mark.parametrize("options", [

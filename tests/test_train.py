@@ -274,7 +274,8 @@ def test_a_run_that_is_evaluated_killed_and_resumed_equals_one_that_nothing_dist
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     preset, broken = replace(TINY, iterations=20, **settings), tmp_path / "broken"
     whole = train.train(preset, tmp_path / "whole", seed=1, device="cpu").parent
-    evaluated = dict(seed=1, device="cpu", evaluate_every=3 * 8 / 1500, evaluation=dict(count=20, steps=(1, 2)))
+    evaluated = dict(seed=1, device="cpu", evaluate_every=3 * 8 / 1500,
+                     evaluation=dict(count=20, steps=(1, 2)))
     with killed(broken / "last.pt", 6):                                     # after 0, 2, 4, 6, 8 and 10
         train.train(preset, broken, **evaluated)
     assert read_checkpoint(broken / "last.pt")["step"] == 8
@@ -327,7 +328,8 @@ def test_a_finished_run_goes_on_with_a_new_length_on_its_schedule(unbroken, tmp_
     log, before = lines(tmp_path / "run" / "log.jsonl"), lines(unbroken / "log.jsonl")
     assert log[:len(before)] == before and [line["step"] for line in log[len(before):]] == [14, 16]
     assert log[-2]["lr"] == learning_rate(replace(LONGER, iterations=16), 13, 16) > before[-1]["lr"]
-    assert "has 16 iterations already" in refused(capsys, "--out", tmp_path / "run", "--resume", "--epochs", "0.01")
+    shorter = ["--out", tmp_path / "run", "--resume", "--epochs", "0.01"]
+    assert "has 16 iterations already" in refused(capsys, *shorter)
 
 
 def test_a_run_begins_from_a_checkpoint_of_these_or_of_other_classes(trained, folder, tmp_path, capsys):
@@ -463,9 +465,9 @@ def test_two_nodes_of_one_process_give_the_losses_of_one(continued, tmp_path):
     ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 5) * 5), ("--compile", 1e-6, 1)])
 def test_micro_batches_activation_checkpointing_and_compilation_change_no_loss(
         continued, monkeypatch, option, tolerance, count):
-    """Five blocks an iteration are checkpointed, of E, D and E again, and five times for the memory expected and
-    held-out losses. Compiled as one graph, with them, by a backend that needs no compiler, since inductor takes
-    minutes."""
+    """Five blocks an iteration are checkpointed, of E, D and E again, and five times for the memory expected
+    and held-out losses. Compiled as one graph, with them, by a backend that needs no compiler, since inductor
+    takes minutes."""
     calls, (run, compare) = [], continued
 
     def checkpoint(*args, whole=train.checkpoint, **options):
@@ -501,7 +503,7 @@ def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Objective, "forward", look)
     auto, bf16 = (train.train(replace(TINY, precision=name), tmp_path / name, seed=3, device="cpu").parent
                   for name in ("auto", "bf16"))
-    assert seen == [False] * 11 + [True] * 11           # 6 in training, 2 for the memory, 3 of held-out images
+    assert seen == [False] * 11 + [True] * 11           # 6 in training, 2 for the memory, 3 held-out losses
     for a, b in zip(lines(bf16 / "log.jsonl"), lines(auto / "log.jsonl"), strict=True):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     stored = read_checkpoint(bf16 / "last.pt")
@@ -533,9 +535,9 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
     assert all(str(run / name) in output for name in pictures)
     assert [line["step"] for line in lines(run / "log.jsonl")] == [2, 4, 6]
     first, *rest = output.splitlines()                                      # without a terminal: plain lines
-    assert re.match(rf"{run}: 1,500 images of 10 classes \(0 = 0, 1 = 1, .*\), 297 held out; [\d,]+ parameters, "
-                    r"some \d\.\d GB on \w+, float32; batch 8, rate 0.004, of the encoder 0.004; iterations 0 to 6, "
-                    r"0.032 epochs$", first)
+    assert re.match(rf"{run}: 1,500 images of 10 classes \(0 = 0, 1 = 1, .*\), 297 held out; [\d,]+ "
+                    r"parameters, some \d\.\d GB on .*; batch 8, rate 0.004, of the encoder 0.004; "
+                    r"iterations 0 to 6, 0.032 epochs$", first)
     assert [line.split()[0] for line in rest if "images/s" in line] == ["2/6", "4/6", "6/6"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == pytest.approx([16 / 1500, 32 / 1500, 48 / 1500])
@@ -607,7 +609,7 @@ def test_digits_are_split_1500_297_and_repeated_to_three_channels():
 def test_many_images_are_read_when_they_are_asked_for_and_train_the_same_model(folder, tmp_path, monkeypatch):
     for name, limit in (("few", 2**30), ("many", 0)):
         monkeypatch.setattr(train, "IN_MEMORY", limit)
-        command("--data", folder, "--out", tmp_path / name, *FOLDER_FLAGS, "--workers", "1", "--device", "cpu")
+        command("--data", folder, "--out", tmp_path / name, *FOLDER_FLAGS, *"--workers 1 --device cpu".split())
     assert_same_run(tmp_path / "few", tmp_path / "many")
 
 
@@ -638,14 +640,15 @@ def test_held_out_folders_are_told_apart_but_animal_faces_train_on_all(folder, t
 
 @pytest.mark.parametrize("paths, trained, held_out, names, said", [
     ("train/cat/1 train/dog/1 valid/dog/1 test/cat/1", [0, 1], [1], ["cat", "dog"],
-     "train for training, valid held out, test unused; 1 of 4 images left out"),
+     "train for training, valid held out, test unused; 5 of 20 images left out"),
     ("Train/cat/1 Train/dog/1 Test/dog/1", [0, 1], [1], ["cat", "dog"], "Train for training, Test held out"),
     ("train/1 val/1", [0], [0], [], "train for training, val held out"),
     ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"], None),         # railways, no split
     ("val/1 test/1", [1, 0], None, ["test", "val"], None),
     ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], None),
-    ("a/1 cover", [0, 0], None, [], None), ("train/a/1 train/b/1 val/b/1", [0, 1], [1], ["a", "b"], "val held out"),
-    ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "folders are classes; 1 of 3 images left out")])
+    ("a/1 cover", [0, 0], None, [], None),
+    ("train/a/1 train/b/1 val/b/1", [0, 1], [1], ["a", "b"], "val held out"),
+    ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "folders are classes; 5 of 15 images left out")])
 def test_folders_are_classes_or_splits_and_what_was_taken_as_what_is_said(
         tmp_path, recwarn, paths, trained, held_out, names, said):
     for path in paths.split():
@@ -656,8 +659,7 @@ def test_folders_are_classes_or_splits_and_what_was_taken_as_what_is_said(
     assert (sorted(data.targets), found) == (sorted(5 * trained), names)
     assert rest is None if held_out is None else rest.targets == 5 * held_out
     told = [str(warning.message) for warning in recwarn]
-    assert len(told) == (said is not None) and (not said or said.replace("1 of", "5 of") .replace(
-        "of 4", "of 20").replace("of 3", "of 15") in told[0])
+    assert len(told) == (said is not None) and (not said or said in told[0])
 
 
 def test_held_out_images_too_few_to_compare_with_are_left_out_and_that_is_said(folder, tmp_path):
@@ -687,7 +689,8 @@ def test_a_corrupt_image_is_named_in_one_line(folder, tmp_path, capsys, monkeypa
     monkeypatch.setattr(train, "IN_MEMORY", in_memory)
     (folder / "red" / "3.png").write_bytes(b"rubbish")
     line = refused(capsys, "--data", folder, "--out", tmp_path / "run", *FOLDER_FLAGS)
-    assert f"1 of 12 images cannot be used; remove or replace them: {folder / 'red' / '3.png'}: not a readable image" in line
+    assert (f"1 of 12 images cannot be used; remove or replace them: {folder / 'red' / '3.png'}: not a "
+            "readable image") in line
     assert not (tmp_path / "run").exists()                                  # so that a new start is possible
 
 
@@ -709,14 +712,16 @@ def test_fashion_mnist_is_read_from_its_unpacked_files(tmp_path):
 
 @pytest.mark.parametrize("name, spoil", [
     ("train-images-idx3-ubyte", lambda x: x[:-9]), ("train-labels-idx1-ubyte", lambda x: b""),
-    ("t10k-images-idx3-ubyte", lambda x: b"\0\0\x07\x03" + x[4:]), ("t10k-labels-idx1-ubyte", lambda x: x[:3]),
+    ("t10k-images-idx3-ubyte", lambda x: b"\0\0\x07\x03" + x[4:]),
+    ("t10k-labels-idx1-ubyte", lambda x: x[:3]),
     ("train-labels-idx1-ubyte", lambda x: x[:7] + b"\x09" + x[8:17]),            # fewer than images
     ("train-labels-idx1-ubyte", lambda x: x[:-1] + b"\xc8")])                  # class 200
 def test_broken_files_of_fashion_mnist_are_one_line(tmp_path, capsys, name, spoil):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", 10), ("t10k", 10)):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + bytes(784 * n))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, n, 28, 28) + bytes(784 * n))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(range(n)))
     words = ["--preset", "fashion-mnist", "--data", tmp_path, "--out", tmp_path / "run"]
     (raw / name).write_bytes(spoil((raw / name).read_bytes()))
