@@ -369,7 +369,7 @@ def find_images(folder):
 
 
 class ImageSet:
-    """Image files, each as uint8 [3, H, W], after a transform of the PIL image."""
+    """Image files; those at a list of places are uint8 [n, 3, H, W], after a transform of the PIL image."""
 
     def __init__(self, paths, transform=pil_to_tensor):
         self.paths, self.transform = paths, transform
@@ -377,8 +377,8 @@ class ImageSet:
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, i):
-        return self.transform(read_image(self.paths[i]))
+    def __getitem__(self, places):
+        return torch.stack([self.transform(read_image(self.paths[i])) for i in places])
 
     def batches(self, size=64):
         """Yield all images as [size, 3, H, W], read by threads: Pillow decodes without Python's lock. Raises
@@ -402,7 +402,7 @@ class ImageSet:
 
     def _image_or_fault(self, i):
         try:
-            return self[i]
+            return self[[i]][0]
         except ValueError as error:
             return str(error)
 

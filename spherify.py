@@ -180,13 +180,6 @@ def sample_noise(seed, first, count, shape, draws=1):
     return torch.from_numpy(noise)
 
 
-def gaussian(seeds, shape, device):
-    """Training noise e [len(seeds), *shape], drawn on the device, each sample from a seed of its own."""
-    generator = torch.Generator(device)
-    return torch.stack([torch.randn(shape, device=device, generator=generator.manual_seed(seed))
-                        for seed in seeds.tolist()])
-
-
 def truncate_noise(e, bound):
     """Standard Gaussian noise e [...] -> noise [...] of the normal truncated to [-bound, bound]. SE App. C.6.
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from torchvision import datasets
@@ -43,7 +44,7 @@ from losses import DISTANCES, Objective, orthogonal_directions
 from models import Block, SphereEncoder, SphereTokenizer, build_model, cost, kept_bytes
 from sample import (image_transform, literal, load, load_tokenizer, name_value, picture, read_checkpoint,
                     reconstruct, sampler, save_image, to_float, to_pil, write_checkpoint)
-from spherify import gaussian, logit_normal_sigmas, official_sigmas, uniform_sigmas
+from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4
 HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
@@ -226,7 +227,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=None, accumula
         mine = slice(rank * share, (rank + 1) * share)      # this process's part of every global batch
         micro_batches = [slice(i, i + share // accumulate) for i in range(0, share, share // accumulate)]
         indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
-        loader = DataLoader(source, batch_sampler=indices, num_workers=workers,     # iterated once
+        loader = DataLoader(source, None, sampler=indices, num_workers=workers,     # iterated once
                             pin_memory=device.type == "cuda", generator=seeded(seed, "loader"))
 
         def save(step):
@@ -389,24 +390,24 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     LatentCache, y [4, B], sigma and sigma_sub [B], e [B, N, d], and directions [L, M] for the swd_weight."""
     device, L = next(model.parameters()).device, math.prod(model.latent_shape)
     drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
-    e = gaussian(drawn["e_seed"], model.latent_shape, device)                                # [B, N, d]
+    e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
+                    generator=seeded(seed, "noise", step, device))[mine]
     directions = None if not preset.swd_weight else orthogonal_directions(                   # [L, M]
         torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
-    x, flip = images.to(device), drawn["flip"]
-    y = torch.where(drawn["drop"], model.num_classes, labels.to(device))                     # [4, B]
-    if x.ndim == 4 and x.dtype == torch.uint8:                                               # [B, 3, H, W]
-        x = to_float(torch.where(flip[:, None, None, None], x.flip(-1), x))
+    x, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
+    y = torch.where(drawn["drop"], model.num_classes, labels)                                # [4, B]
+    if x.dtype == torch.uint8:                                                               # [B, 3, H, W]
+        x = to_float(torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x))
     else:                                                           # [B, 1 or 2, N, d] -> [B, N, d]
-        x = x[torch.arange(len(x)), flip.long()]
+        x = torch.where(drawn["flip"][:, None, None], x[:, -1], x[:, 0])
     return x, y, drawn["sigma"], drawn["sigma_sub"], e, directions
 
 
 def first_losses(objective, preset, model, data, count, bf16):
     """(loss, parts) of some images of a data set, not mirrored, with the same noise at every call."""
     places, tokenizer = some(data, count), getattr(model, "tokenizer", None)
-    labels = torch.tensor([data.targets[i] for i in places])
     p = replace(preset, batch_size=max(3, len(places)), flip=False)         # official draws are of 3 or more
-    x, *others = inputs(p, model, images_of(data, places), labels, 0, 0, slice(len(places)))
+    x, *others = inputs(p, model, *data[places], 0, 0, slice(len(places)))
     x = tokenizer.encode(x) if tokenizer else x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         return getattr(objective, "module", objective).forward(x, *others)      # not compiled for this batch
@@ -457,8 +458,7 @@ def learning_rate(preset, step, total):
 def update_ema(ema, model, decay, step):
     """Move the averaged weights towards the model's."""
     decay = min(decay, (1 + step) / (10 + step))        # assumed; else short runs keep initial zeros
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, 1 - decay)
+    get_ema_multi_avg_fn(decay)([*ema.parameters()], [*model.parameters()], None)
     for average, buffer in zip(ema.buffers(), model.buffers()):             # statistics of a batch norm
         average.copy_(buffer)
 
@@ -506,11 +506,11 @@ def keep_best(out, step, model, preset, rows):
 def draw(path, model, data, rows=10):
     """Samples at 1, 2 and 4 steps, reconstructions of real images, these images, by class; the losses. Says
     what to try if the pictures are those of a setting that is far off."""
-    targets = torch.tensor(data.targets)
-    classes = targets.unique()[:rows].tolist()
+    classes = data.targets.unique()[:rows].tolist()
     columns = max(5, 20 // len(classes))
-    places = [place for c in classes for place in (targets == c).nonzero()[:, 0].repeat(columns)[:columns]]
-    x = to_float(images_of(data, places)).to(next(model.parameters()).device)
+    members = [(data.targets == c).nonzero()[:, 0].tolist() for c in classes]       # a small class repeats
+    places = [places[i % len(places)] for places in members for i in range(columns)]
+    x = to_float(data[places][0]).to(next(model.parameters()).device)
     y = torch.tensor(classes).repeat_interleave(columns) * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
@@ -543,17 +543,17 @@ def draw(path, model, data, rows=10):
         tqdm.write("samples do not resemble their classes: if that stays, raise --alpha-max")
 
 
-def seeded(seed, purpose, index=0):
+def seeded(seed, purpose, index=0, device="cpu"):
     """A generator for a seed, purpose and index, hashed into the 32 bits that torch uses of a CPU's seed."""
-    key = (seed, ("order", "draws", "init", "directions", "choice", "loader").index(purpose), index)
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    key = (seed, ("order", "draws", "init", "directions", "choice", "loader", "noise").index(purpose), index)
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def random_draws(preset, seed, step):
     """All random scalars of a training step, for the whole global batch: a function of (seed, step) alone.
 
     returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY)); of a denoiser,
-             in its two or three passes), sigma [B], sigma_sub [B], e_seed [B]"""
+             in its two or three passes), sigma [B], sigma_sub [B]"""
     p, B, generator = preset, preset.batch_size, seeded(seed, "draws", step)
     if p.tokenizer:
         sigma, sigma_sub = logit_normal_sigmas(B, p.alpha_max, *p.noise, p.mapping, generator)
@@ -565,8 +565,7 @@ def random_draws(preset, seed, step):
             sigma_sub = sigma
     return {"flip": (torch.rand(B, generator=generator) < 0.5) & p.flip,
             "drop": (torch.rand(4, B, generator=generator) < CLASS_DROPOUT) | (not p.conditional),
-            "sigma": sigma, "sigma_sub": sigma_sub,
-            "e_seed": torch.randint(2**63 - 1, (B,), generator=generator)}
+            "sigma": sigma, "sigma_sub": sigma_sub}
 
 
 def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
@@ -586,8 +585,8 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
 def load_data(preset):
     """Training set, held-out set (None if the data set has none) and class names of a preset.
 
-    The sets are indexable, with labels in `.targets`; an item is (uint8 [3, S, S], class), grey repeated to 3
-    channels. As in the paper, Flowers-102 and Animal-Faces train on all their images.
+    data[places], of a list of places, is (uint8 [n, 3, S, S], classes [n]), grey repeated to 3 channels; all
+    classes are in `.targets`. As in the paper, Flowers-102 and Animal-Faces train on all their images.
     Raises OSError or ValueError that says what is wrong where."""
     name, root = preset.dataset, Path(preset.data)
     if name == "digits":                                    # 1,797 real ones of 8x8 pixels, in scikit-learn
@@ -656,11 +655,9 @@ def folder_parts(root):
 def from_files(paths, targets, size):
     """Image files -> data set of uint8 [3, size, size]; many are read when they are asked for, few now."""
     images = ImageSet(paths, image_transform(size))
-    if 3 * size**2 * len(paths) <= IN_MEMORY:
-        data = TensorDataset(torch.cat([*images.batches()]), torch.tensor(targets))
-    else:
-        data = StackDataset(images, targets)
-    data.targets, data.paths = list(targets), paths
+    small, targets = 3 * size**2 * len(paths) <= IN_MEMORY, torch.tensor(targets)
+    data = TensorDataset(torch.cat([*images.batches()]), targets) if small else StackDataset(images, targets)
+    data.targets, data.paths = targets, paths
     return data
 
 
@@ -670,7 +667,7 @@ def in_memory(images, targets, size):
     images = F.pad(images, (2, 2, 2, 2)) if images.shape[-1] == 28 else images              # a frame of 32x32
     images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < images.shape[-1])
     data = TensorDataset(to_uint8(images).expand(-1, 3, -1, -1), torch.as_tensor(targets))
-    data.targets = data.tensors[1].tolist()
+    data.targets = data.tensors[1]
     return data
 
 
@@ -678,7 +675,7 @@ class LatentCache(Dataset):
     """Latents of all images, and of their mirror images if they are mirrored, in an npy file; made if there
     is none, or images have changed.
 
-    An item is (z [1 or 2, N, d], class). The file is opened by its path in every process that reads it.
+    latents[places] is (z [n, 1 or 2, N, d], classes [n]). Every process that reads it opens it by its path.
     Raises ValueError naming the file, if its first and last latents are not those of tokenizer and images."""
 
     def __init__(self, path, data, tokenizer, flip, device, workers=0):
@@ -703,13 +700,14 @@ class LatentCache(Dataset):
             with whole_file(self.path, overwrite=changed) as file:          # or another run came first
                 np.lib.format.write_array_header_1_0(
                     file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-                loader = DataLoader(data, 64, num_workers=workers, generator=seeded(0, "loader"))
+                loader = DataLoader(data, None, sampler=torch.arange(len(data)).split(64),
+                                    num_workers=workers, generator=seeded(0, "loader"))
                 for images, _ in tqdm(loader, "latents", disable=process_rank()[0] > 0 or None):
                     file.write(encoded(images).numpy().tobytes())
                 file.write(seal)
         with contextlib.suppress(ValueError, EOFError):
             stored, ends = np.load(self.path, mmap_mode="r"), [0, len(data) - 1]
-            if stored.shape == shape and np.allclose(stored[ends], encoded(images_of(data, ends)), atol=0.02):
+            if stored.shape == shape and np.allclose(stored[ends], encoded(data[ends][0]), atol=0.02):
                 return
         raise ValueError(f"{self.path} is not of this tokenizer and these images, or damaged; delete it, or "
                          f"name another file: --latents")
@@ -721,8 +719,11 @@ class LatentCache(Dataset):
     def latents(self):
         return np.load(self.path, mmap_mode="r")
 
-    def __getitem__(self, i):
-        return torch.from_numpy(self.latents[i].copy()), self.targets[i]
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, places):
+        return torch.from_numpy(self.latents[places]), self.targets[places]
 
 
 def export(preset, out, count=None):
@@ -730,7 +731,7 @@ def export(preset, out, count=None):
     *parts, class_names = load_data(preset)
     for part, data in zip(("train", "val"), parts):
         for place in tqdm(some(data, count) if data else (), part, disable=None):
-            image, label = data[place]
+            [image], [label] = data[[place]]
             folder = out / part / (class_names or [""])[label].replace("/", "-")    # "T-shirt/top"
             save_image(to_pil(to_float(image)), folder / f"{place:06d}.png")
 
@@ -819,7 +820,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     device, K, pixels = next(model.parameters()).device, max(model.num_classes, 1), features == "pixels"
     network, seconds = feature_network(features, device), {}
     places = some(train_set, 10_000 if pixels else 50_000)
-    if pixels and all((x == x[:1]).all() for x in images_of(train_set, places[:100])):      # without colour
+    if pixels and all((x == x[:1]).all() for x in train_set[places[:100]][0]):      # without colour
         network = lambda x: (pixel_features(x, grey=True),)
 
     def extracted(places, images):
@@ -836,16 +837,16 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         return x
 
     def again(data, part):
-        return reconstruct(model, to_float(images_of(data, part)).to(device)).cpu()
+        return reconstruct(model, to_float(data[part][0]).to(device)).cpu()
 
     sampler(model)(model, [0], steps[0], cfg, first=0, **sampling)      # what it prepares is not to be timed
     real = (load_statistics(reference, features) if reference
-            else extracted(places, partial(images_of, train_set)))
+            else extracted(places, lambda part: train_set[part][0]))
     if torch.is_tensor(images := real):                     # images, not statistics
         real = extracted(range(len(images)), lambda part: images[part])
     columns = {f"T = {T}": extracted(range(count), partial(sample, T)) for T in steps}
     if held_out:
-        columns["real held-out"] = extracted(range(len(held_out)), partial(images_of, held_out))
+        columns["real held-out"] = extracted(range(len(held_out)), lambda part: held_out[part][0])
     cells = {column: compare(images, real, features) for column, images in columns.items()}
     rows = {row: {column: cells[column][row] for column in cells if row in cells[column]}
             for row in cells[f"T = {steps[0]}"]}
@@ -855,7 +856,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     elif not reference:
         from sklearn.svm import SVC
         if model.num_classes:
-            judge = SVC(gamma="scale", C=10).fit(real.features, [train_set.targets[i] for i in places])
+            judge = SVC(gamma="scale", C=10).fit(real.features, train_set.targets[places])
             labels = dict.fromkeys(columns, [i % K for i in range(count)])
             labels["real held-out"] = held_out and held_out.targets
             rows["judged right"] = {T: judge.score(x.features, labels[T]) for T, x in columns.items()}
@@ -864,7 +865,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         rows["nearest"] = {T: distance / nearest["real held-out"] for T, distance in nearest.items()}
     if held_out:
         error = gathered(range(len(held_out)), lambda part: (
-            again(held_out, part) - to_float(images_of(held_out, part))).square().mean((1, 2, 3)))
+            again(held_out, part) - to_float(held_out[part][0])).square().mean((1, 2, 3)))
         rows["reconstruction MSE"] = {"real held-out": error.mean().item()}
     rows["ms per image"] = {f"T = {T}": 1000 * np.mean(seconds.get(T, [math.nan])) for T in steps}
     return rows
@@ -884,10 +885,6 @@ def gathered(places, rows_of, batch=100):
 def some(data, limit):
     """Places in a data set; beyond `limit`, a fixed random choice."""
     return torch.randperm(len(data), generator=seeded(0, "choice"))[:limit].sort().values.tolist()
-
-
-def images_of(data, places):
-    return torch.stack([data[i][0] for i in places])        # uint8 [n, 3, H, W]
 
 
 # ---- Command line ------------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fid import INCEPTION_URL, InceptionV3, feature_network, frechet_distance  # noqa: E402
 from losses import CONVNEXT_SMALL, VGG16  # noqa: E402
 from models import RAE, RAE_DECODER_SIZE, RAEDecoder, SphereTokenizer, build_model  # noqa: E402
-from train import (CLIP, PRESETS, build, gaussian, pick_device, random_draws, sampler,  # noqa: E402
-                   update_ema, wrapped)
+from train import (CLIP, PRESETS, build, inputs, pick_device, sampler, update_ema, wrapped)  # noqa: E402
 
 DEVICE, GPU, FLOAT, BF16 = pick_device(), torch.cuda.is_available(), torch.float32, torch.bfloat16
 # Batches to begin with on a CPU and on a GPU; one that does not fit into the GPU's memory is halved.
@@ -49,19 +48,18 @@ def system(name):
     elif preset.tokenizer:
         tokenizer = SphereTokenizer(build_model(PRESETS[preset.tokenizer], classes)).to(DEVICE)
     model, ema, optimizer = build(preset, classes, tokenizer, 0, DEVICE, None, 0)
-    images = torch.rand(batch, *(model.latent_shape if tokenizer else (3, *model.image_size)), device=DEVICE)
-    parts = {"draws": lambda n: random_draws(replace(preset, batch_size=n), 0, 0),
-             "noise": lambda n: gaussian(torch.arange(n, device=DEVICE), model.latent_shape, DEVICE),
+    images = (torch.randn(batch, 2, *model.latent_shape) if tokenizer
+              else torch.randint(256, (batch, 3, *model.image_size), dtype=torch.uint8))
+    labels = torch.arange(batch) % 10
+    parts = {"draws": lambda n: inputs(replace(preset, batch_size=n), model, images[:n], labels[:n], 0, 0),
              "clipping": lambda n: nn.utils.clip_grad_norm_(model.parameters(), CLIP),
              "optimizer": lambda n: optimizer.step(),
              "EMA": lambda n: update_ema(ema, model, preset.ema, 0)}
 
     def step(n, objective=wrapped(model, preset, DEVICE, False, False)):
-        _, drop, sigma, sigma_sub, _ = (x.to(DEVICE) for x in parts["draws"](n).values())
-        e, y = parts["noise"](n), torch.where(drop, model.num_classes, torch.arange(n, device=DEVICE) % 10)
         optimizer.zero_grad()
         with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
-            loss, _ = objective(images[:n], y, sigma, sigma_sub, e)
+            loss, _ = objective(*parts["draws"](n))
         loss.backward()
         for part in ("clipping", "optimizer", "EMA"):
             parts[part](n)
