@@ -1,6 +1,7 @@
 """Puts the repository's root on the path, and holds what several test files need."""
 
 import ast
+import os
 import sys
 import zlib
 from dataclasses import replace
@@ -12,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)                # tests run in as many processes as there are cores: -n auto
+os.environ["OMP_NUM_THREADS"] = "1"     # and so do the processes and notebooks that they start
 
 import models  # noqa: E402
 import train as train_module  # noqa: E402
@@ -19,9 +22,9 @@ from models import SiT, SphereEncoder, SphereTokenizer  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
 train_module.LOG_EVERY = 2              # tiny runs within this process have several lines and checkpoints
-TINY = replace(PRESETS["digits"], encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
-               mixer_depth=1, batch_size=8, iterations=6, warmup=0.3333)
-TINY_FLAGS = ("--encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --mixer-depth 1 --batch-size 8 "
+TINY = replace(PRESETS["digits"], patch_size=4, encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
+               batch_size=8, iterations=6, warmup=0.3333)
+TINY_FLAGS = ("--patch-size 4 --encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --batch-size 8 "
               "--iterations 6 --warmup 0.3333").split()
 
 

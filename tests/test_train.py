@@ -40,7 +40,8 @@ LONGER_FLAGS = [*TINY_FLAGS, "--iterations", "12", "--seed", "1", "--device", "c
 TOKENIZER = replace(TINY, conditional=False, weights=(1.0, 0.0, 0.0, 0.0, 0.0), iterations=12)
 LATENT_FLAGS = ("--preset digits-latent --denoiser-size 16,1,2 --batch-size 8 --iterations 12 --warmup 0.3 "
                 "--device cpu").split()
-FOLDER_FLAGS = ["--preset", "folder", "--image-size", "16", "--weights", "1,0,1,0,0.1", *TINY_FLAGS]
+FOLDER_FLAGS = ["--preset", "folder", "--image-size", "16", "--weights", "1,0,1,0,0.1",
+                "--mixer-depth", "1", *TINY_FLAGS]
 
 
 def command(*words):
@@ -380,14 +381,17 @@ def test_resume_and_evaluation_refuse_another_data_set(folder, tmp_path, capsys)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PROGRAM = f"""
-import json, sys
+import contextlib, json, sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
 import train
 from test_train import TOKENIZER
 train.LOG_EVERY, train.PRESETS["digits-tokenizer"] = 1, TOKENIZER
 train.gathered.__defaults__ = (10,)             # so that few images are many batches
-for words in json.loads(sys.argv[1]):
-    train.main(words)
+*first, last = json.loads(sys.argv[1])
+for words in first:
+    with contextlib.suppress(SystemExit):
+        train.main(words)
+train.main(last)
 """
 
 
@@ -465,10 +469,10 @@ def test_two_nodes_of_one_process_give_the_losses_of_one(continued, tmp_path):
 
 
 @pytest.mark.parametrize("option, tolerance, count", [
-    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 5) * 5), ("--compile", 1e-6, 1)])
+    ("--accumulate=4", 1e-5, 0), ("--activation-checkpointing", 1e-6, (18 + 5) * 4), ("--compile", 1e-6, 1)])
 def test_micro_batches_activation_checkpointing_and_compilation_change_no_loss(
         continued, monkeypatch, option, tolerance, count):
-    """Five blocks an iteration are checkpointed, of E, D and E again, and five times for the memory expected
+    """Four blocks an iteration are checkpointed, of E, D and E again, and five times for the memory expected
     and held-out losses. Compiled as one graph, with them, by a backend that needs no compiler, since inductor
     takes minutes."""
     calls, (run, compare) = [], continued
@@ -518,11 +522,11 @@ def test_a_mistake_of_all_processes_or_of_one_is_one_line(folder, tmp_path):
     path = sorted(folder.glob("*/*.png"))[batch[-1]]                        # in the second process's share
     path.write_bytes(b"rubbish")
     words = ["--out", tmp_path / "run", "--data", folder, *FOLDER_FLAGS, "--device", "cpu", "--workers", "0"]
-    for more, named in (["--batch-size", "7"], "--batch-size 7"), ([], f"{path}: not a readable image"):
-        process = start_processes(tmp_path, [*words, *more])
-        errors = process.communicate()[1]
-        found = [line for line in errors.splitlines() if line.startswith("train.py: ")]
-        assert process.returncode != 0 and len(found) == 1 and named in found[0], errors
+    process = start_processes(tmp_path, [*words, "--batch-size", "7"], words)
+    errors = process.communicate()[1]
+    found = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode != 0 and len(found) == 2, errors
+    assert "--batch-size 7" in found[0] and f"{path}: not a readable image" in found[1]
 
 
 # ---- what a run leaves ----
@@ -865,34 +869,25 @@ def photos_run(folder, tmp_path):
     return tmp_path / "photos run" / "model.pt", tmp_path / "real"
 
 
-def test_inception_measures_are_those_of_the_written_images_for_any_number_of_processes(
-        photos_run, tmp_path, monkeypatch, capsys):
+def test_inception_measures_are_those_of_the_written_images(photos_run, tmp_path, monkeypatch, capsys):
     """Against fid.py on the same samples and training images as files."""
     model, real = photos_run
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(seeded_inception(), tmp_path / "hub" / "checkpoints" / fid.INCEPTION_URL.rsplit("/", 1)[1])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(train.gathered, "__defaults__", (10,))
-    words = ["--evaluate", model, *"--count 23 --steps 2 --features torch-fidelity --device cpu".split()]
-    process = start_processes(tmp_path, words)
     capsys.readouterr()
-    command(*words)
+    command("--evaluate", model, *"--count 11 --steps 2 --features torch-fidelity --device cpu".split())
     rows = table(capsys.readouterr().out)
     assert list(rows) == ["FID", "Inception Score", "its deviation", "precision", "recall", "rFID",
                           "ms per image"]
 
     sample.main(["--checkpoint", str(model), "--out", str(tmp_path / "drawn"),
-                 *"--count 23 --steps 2 --singles".split()])
+                 *"--count 11 --steps 2 --singles".split()])
     capsys.readouterr()
     fid.main([str(tmp_path / "drawn" / "images"), str(real), "--json"])
     files = json.loads(capsys.readouterr().out)
     for name in list(rows)[:5]:
         assert rows[name][0] == pytest.approx(files[name], rel=1e-5, abs=1e-4), name
-
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    for name, numbers in table(output).items():
-        assert name == "ms per image" or rows[name] == pytest.approx(numbers, rel=2e-6, abs=1e-4)
 
 
 def test_stored_statistics_of_the_training_images_replace_them(photos_run, tmp_path):
