@@ -993,7 +993,7 @@ def test_the_latent_loop_is_what_it_says_written_out(tiny_tokenizer, tokenizer, 
     preset = replace(TINY_LATENT, **BY_HAND, tokenizer=str(tiny_tokenizer), distance="l1", mapping="angle")
 
     def loss_of(model, x, y, sigma, sigma_sub, e, step):
-        sigmas = logit_normal_sigmas(8, 81.0, -1.0, 1.5, "angle", train.seeded(8, "draws", step))
+        sigmas = logit_normal_sigmas(8, preset.alpha_max, -1.0, 1.5, "angle", train.seeded(8, "draws", step))
         assert torch.equal(sigma, sigmas[0]) and torch.equal(sigma_sub, sigmas[1])
         return sphere_latent_loss(model, tokenizer.encode(x), y, *sigmas, e, preset.weights, "l1")[0]
 
