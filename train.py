@@ -1,6 +1,6 @@
 """Training and evaluation of both papers' models. SE Sec. 2-4, 6, App. B-D; SLE Sec. 4, 5.
 
-    python train.py                                                   # handwritten digits, in minutes
+    python train.py                                                   # handwritten digits, in a minute
     python train.py --preset digits-latent                            # the same with a Sphere Latent Encoder
     python train.py --preset folder --data photos --out out/photos    # any folder of images, or of classes
     torchrun --nproc_per_node=8 train.py --preset fashion-mnist       # one process per GPU
@@ -138,11 +138,11 @@ DIGITS = Preset(
 # degrees, half of tan 45.
 DIGITS_TOKENIZER = replace(
     DIGITS, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0),
-    latent_dim=32, encoder_size=(96, 1, 4), iterations=1500, lr=4e-3, warmup=50 / 1500)
+    latent_dim=32, encoder_size=(96, 1, 4), iterations=1200, lr=4e-3, warmup=50 / 1200)
 DIGITS_LATENT = Preset(
     dataset="digits", image_size=16, flip=False, tokenizer="digits-tokenizer", denoiser_size=(96, 4, 4),
     distance="l1", alpha_max=82.5, noise=(-1.0, 1.5), weights=(1.0, 1.0, 1.0, 1.0, 0.0), batch_size=64,
-    iterations=1150, lr=4.5e-3, min_lr=1e-5, warmup=50 / 1150, weight_decay=0.1, ema=0.99, use_ema=True)
+    iterations=1000, lr=4.5e-3, min_lr=1e-5, warmup=50 / 1000, weight_decay=0.1, ema=0.99, use_ema=True)
 # 28x28 clothes in a frame of 32x32, not mirrored since all shoes point left; ours.
 FASHION = {"dataset": "fashion-mnist", "image_size": 32, "ema": 0.999}
 
@@ -391,7 +391,7 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     device, L = next(model.parameters()).device, math.prod(model.latent_shape)
     drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
     e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
-                    generator=seeded(seed, "noise", step, device))[mine]
+                    generator=seeded(seed, "noise", step, device))[mine].clone()    # frees what others need
     directions = None if not preset.swd_weight else orthogonal_directions(                   # [L, M]
         torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
     x, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))

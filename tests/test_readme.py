@@ -32,7 +32,7 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
     set_up = [command for command in COMMANDS if "requirements.txt" in command]
     assert len(set_up) == 2
     assert set_up[0].endswith("python train.py")
-    assert set_up[1].endswith("python -m pytest --nbmake -n auto --dist worksteal")
+    assert set_up[1].endswith("python -m pytest --nbmake -n auto --maxprocesses 8 --dist worksteal")
     assert set_up[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
