@@ -529,7 +529,7 @@ def draw(path, model, data, rows=10):
     axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.set_ylim(bottom=min(lines[-1][name] for name in names) / 10)       # some begin next to zero
     axes.minorticks_off()                                   # half of the time of a plot
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     axes.figure.savefig(path.parent / "losses.png", dpi=100)
     tqdm.write(f"{path}, {path.parent / 'losses.png'}")
     one, _, four, again, x = panels.values()                                    # [K, columns, 3, H, W] each

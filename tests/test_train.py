@@ -357,7 +357,7 @@ def test_a_finished_run_stays_as_it_is(unbroken, tmp_path, capsys):
     shutil.copytree(unbroken, run)
     command("--out", run, "--resume")
     assert_same_run(run, unbroken)
-    for words, named in (("--seed 1", "already holds a run"), ("--resume --lr 0.5", "lr 0.004, not 0.5"),
+    for words, named in (("--seed 1", "already holds a run"), ("--resume --lr 0.5", "lr 0.005, not 0.5"),
                          ("--resume --seed 9", "seed 1, not 9"),
                          ("--resume --preset fashion-mnist", "digits, not fashion-mnist")):
         assert named in refused(capsys, "--out", run, *words.split())
@@ -543,7 +543,7 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
     assert [line["step"] for line in lines(run / "log.jsonl")] == [2, 4, 6]
     first, *rest = output.splitlines()                                      # without a terminal: plain lines
     assert re.match(rf"{run}: 1,500 images of 10 classes \(0 = 0, 1 = 1, .*\), 297 held out; [\d,]+ "
-                    r"parameters, some \d\.\d GB on .*; batch 8, rate 0.004, of the encoder 0.004; "
+                    r"parameters, some \d\.\d GB on .*; batch 8, rate 0.005, of the encoder 0.005; "
                     r"iterations 0 to 6, 0.032 epochs$", first)
     assert [line.split()[0] for line in rest if "images/s" in line] == ["2/6", "4/6", "6/6"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -952,7 +952,7 @@ def test_guidance_and_sampling_options_reach_the_samples_that_are_judged(kind, r
     ("--preset digits-latent --tokenizer damaged.pt", "damaged.pt"),
     ("--preset digits-latent --tokenizer {latent}", "got a SiT"),
     ("--preset digits-latent --tokenizer {trained} --image-size 32", "--image-size 32"),
-    ("--preset folder --data photos", "vgg16-397923af.pth"), ("--accumulate 3", "--batch-size 32"),
+    ("--preset folder --data photos", "vgg16-397923af.pth"), ("--accumulate 3", "--batch-size 64"),
     ("--preset digits-latent --tokenizer rae", "DINOv2"), ("--weights 1,1", "--weights"),
     ("--batch-norm --accumulate 2", "--batch-norm"), ("--alpha-max 90", "90"), ("--device abacus", "abacus"),
     ("--encoder-size tiny", "tiny"), ("--sampling colour=red", "colour"), ("--steps 5000", "--iterations"),
