@@ -530,7 +530,7 @@ def draw(path, model, data, rows=10):
     axes.set_ylim(bottom=min(lines[-1][name] for name in names) / 10)       # some begin next to zero
     axes.minorticks_off()                                   # half of the time of a plot
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    axes.figure.savefig(path.parent / "losses.png", dpi=100)
+    axes.figure.savefig(path.parent / "losses.png", dpi=100, bbox_inches="tight")
     tqdm.write(f"{path}, {path.parent / 'losses.png'}")
     one, _, four, again, x = panels.values()                                    # [K, columns, 3, H, W] each
     error = (again - x).square().mean() / x.var((0, 1)).mean()
