@@ -128,8 +128,7 @@ RAE_LATENTS = Preset(
     tokenizer="rae", image_size=256, denoiser_size="B", alpha_max=85.0, weights=(1.0, 1.0, 1.0, 1.0, 0.0),
     batch_size=1024, lr=2e-4, min_lr=2e-5, ema=0.9995, use_ema=True, epochs=1000, warmup=10 / 1000)
 BASE = {"encoder_size": "base", "decoder_size": "base"}
-# Real 8x8 digits at 16x16; ours, for a minute on a laptop: four tokens and a small encoder leave time for more
-# iterations.
+# Real 8x8 digits at 16x16; ours, for a minute on a laptop: with four tokens and a small encoder it sees more.
 DIGITS = Preset(
     dataset="digits", image_size=16, flip=False, patch_size=8, latent_dim=72, encoder_size=(64, 1, 4),
     decoder_size=(96, 2, 4), mixer_depth=1, weights=(1.0, 0.0, 1.0, 0.0, 0.02), batch_size=64,
@@ -391,7 +390,7 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     device, L = next(model.parameters()).device, math.prod(model.latent_shape)
     drawn = {name: x[..., mine].to(device) for name, x in random_draws(preset, seed, step).items()}
     e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
-                    generator=seeded(seed, "noise", step, device))[mine].clone()    # frees what others need
+                    generator=seeded(seed, "noise", step, device))[mine].clone()    # keeps no other part
     directions = None if not preset.swd_weight else orthogonal_directions(                   # [L, M]
         torch.randn(L, min(L, 256), generator=seeded(seed, "directions", step))).to(device)
     x, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
