@@ -33,7 +33,7 @@ from train import (CLIP, PRESETS, build, inputs, pick_device, sampler, update_em
 
 DEVICE, GPU, FLOAT, BF16 = pick_device(), torch.cuda.is_available(), torch.float32, torch.bfloat16
 # Batches to begin with on a CPU and on a GPU; one that does not fit into the GPU's memory is halved.
-BATCHES = {"digits": (32, 32), "digits-latent": (64, 64), "cifar10-base": (4, 64), "imagenet-l": (1, 32),
+BATCHES = {"digits": (64, 64), "digits-latent": (64, 64), "cifar10-base": (4, 64), "imagenet-l": (1, 32),
            "imagenet-xl": (1, 32), "imagenet-latent": (1, 64)}
 DOWNLOADS = {VGG16: vgg16, CONVNEXT_SMALL: convnext_small, INCEPTION_URL: InceptionV3}
 ROW = "{:28}{:>6}{:>10}{:>12}{:>10}{:>8}{:>7}  {}"
