@@ -402,7 +402,7 @@ class ImageSet:
 
     def _image_or_fault(self, i):
         try:
-            return self[[i]][0]
+            return self.transform(read_image(self.paths[i]))
         except ValueError as error:
             return str(error)
 

@@ -719,9 +719,6 @@ class LatentCache(Dataset):
     def latents(self):
         return np.load(self.path, mmap_mode="r")
 
-    def __len__(self):
-        return len(self.targets)
-
     def __getitem__(self, places):
         return torch.from_numpy(self.latents[places]), self.targets[places]
 
@@ -820,7 +817,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     device, K, pixels = next(model.parameters()).device, max(model.num_classes, 1), features == "pixels"
     network, seconds = feature_network(features, device), {}
     places = some(train_set, 10_000 if pixels else 50_000)
-    if pixels and all((x == x[:1]).all() for x in train_set[places[:100]][0]):      # without colour
+    if pixels and ((x := train_set[places[:100]][0]) == x[:, :1]).all():                    # without colour
         network = lambda x: (pixel_features(x, grey=True),)
 
     def extracted(places, images):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fid import INCEPTION_URL, InceptionV3, feature_network, frechet_distance  # noqa: E402
 from losses import CONVNEXT_SMALL, VGG16  # noqa: E402
 from models import RAE, RAE_DECODER_SIZE, RAEDecoder, SphereTokenizer, build_model  # noqa: E402
-from train import (CLIP, PRESETS, build, inputs, pick_device, sampler, update_ema, wrapped)  # noqa: E402
+from train import CLIP, PRESETS, build, inputs, pick_device, sampler, update_ema, wrapped  # noqa: E402
 
 DEVICE, GPU, FLOAT, BF16 = pick_device(), torch.cuda.is_available(), torch.float32, torch.bfloat16
 # Batches to begin with on a CPU and on a GPU; one that does not fit into the GPU's memory is halved.
@@ -51,7 +51,7 @@ def system(name):
     images = (torch.randn(batch, 2, *model.latent_shape) if tokenizer
               else torch.randint(256, (batch, 3, *model.image_size), dtype=torch.uint8))
     labels = torch.arange(batch) % 10
-    parts = {"draws": lambda n: inputs(replace(preset, batch_size=n), model, images[:n], labels[:n], 0, 0),
+    parts = {"inputs": lambda n: inputs(replace(preset, batch_size=n), model, images[:n], labels[:n], 0, 0),
              "clipping": lambda n: nn.utils.clip_grad_norm_(model.parameters(), CLIP),
              "optimizer": lambda n: optimizer.step(),
              "EMA": lambda n: update_ema(ema, model, preset.ema, 0)}
@@ -59,7 +59,7 @@ def system(name):
     def step(n, objective=wrapped(model, preset, DEVICE, False, False)):
         optimizer.zero_grad()
         with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
-            loss, _ = objective(*parts["draws"](n))
+            loss, _ = objective(*parts["inputs"](n))
         loss.backward()
         for part in ("clipping", "optimizer", "EMA"):
             parts[part](n)

@@ -401,7 +401,7 @@ def start_processes(folder, *commands, options=("--standalone", "--nproc_per_nod
     program.write_text(PROGRAM)
     words = json.dumps([[str(word) for word in words] for words in commands])
     return subprocess.Popen([*TORCHRUN, *options, program, words], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
