@@ -132,16 +132,16 @@ BASE = {"encoder_size": "base", "decoder_size": "base"}
 DIGITS = Preset(
     dataset="digits", image_size=16, flip=False, patch_size=8, latent_dim=72, encoder_size=(64, 1, 4),
     decoder_size=(96, 2, 4), mixer_depth=1, weights=(1.0, 0.0, 1.0, 0.0, 0.02), batch_size=64,
-    iterations=1350, lr=5e-3, min_lr=1e-5, warmup=50 / 1350, encoder_lr_scale=1.0, ema=0.99, use_ema=True)
+    iterations=1200, lr=5e-3, min_lr=1e-5, warmup=50 / 1200, encoder_lr_scale=1.0, ema=0.99, use_ema=True)
 # A Sphere Encoder that serves as tokenizer: no classes; of the losses Eq. 7 alone, whose noise ends at 26.6
 # degrees, half of tan 45.
 DIGITS_TOKENIZER = replace(
     DIGITS, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0),
-    latent_dim=32, encoder_size=(96, 1, 4), iterations=1200, lr=4e-3, warmup=50 / 1200)
+    latent_dim=32, iterations=1050, warmup=50 / 1050)
 DIGITS_LATENT = Preset(
     dataset="digits", image_size=16, flip=False, tokenizer="digits-tokenizer", denoiser_size=(96, 4, 4),
     distance="l1", alpha_max=82.5, noise=(-1.0, 1.5), weights=(1.0, 1.0, 1.0, 1.0, 0.0), batch_size=64,
-    iterations=1000, lr=4.5e-3, min_lr=1e-5, warmup=50 / 1000, weight_decay=0.1, ema=0.99, use_ema=True)
+    iterations=950, lr=4.5e-3, min_lr=1e-5, warmup=50 / 950, weight_decay=0.1, ema=0.99, use_ema=True)
 # 28x28 clothes in a frame of 32x32, not mirrored since all shoes point left; ours.
 FASHION = {"dataset": "fashion-mnist", "image_size": 32, "ema": 0.999}
 
@@ -152,8 +152,8 @@ PRESETS = {
     "fashion-mnist-tokenizer": replace(DIGITS_TOKENIZER, **FASHION, decoder_size=(128, 2, 4), iterations=4000,
                                        lr=3e-3, warmup=100 / 4000),
     "fashion-mnist-latent": replace(DIGITS_LATENT, **FASHION, tokenizer="fashion-mnist-tokenizer",
-                                    denoiser_size=(128, 4, 4), alpha_max=82.0, iterations=8000, lr=3e-3,
-                                    warmup=200 / 8000, weight_decay=0.0),
+                                    denoiser_size=(128, 4, 4), alpha_max=82.0, iterations=7500, lr=3e-3,
+                                    warmup=200 / 7500, weight_decay=0.0),
     "cifar10": CIFAR10,
     "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=10 / 10_000),   # paper App. D
     "animal-faces": ANIMAL_FACES, "flowers102": FLOWERS102, "imagenet-l": IMAGENET,
