@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fid import errors_in_one_line, pick_device, read_image, to_uint8, whole_file
 from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config
-from spherify import add_noise, angle_to_sigma, sample_noise, slerp, spherify, step_schedule, truncate_noise
+from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule, truncate_noise
 
 # Where guidance acts, as powers of its scale in latents and in pixels. SE App. C.1.
 POSITIONS = {"encoder": (1, 0), "decoder": (0, 1), "combo": (0.5, 0.5)}
@@ -142,28 +142,36 @@ def reconstruct(model, x, y=None):
 
 
 @torch.no_grad()
-def interpolate(model, y, mixing, steps, cfg=1.0, *, spherical=False, seed=0, first=0, **options):
-    """Images between random points of the sphere: of a line, or of a square between four corners. SE Fig. 6.
+def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=0, **options):
+    """Images between random points of the sphere: of a line, a circle, a square of four corners. SE Fig. 6.
 
     y        [C] classes of the C corners; corner k has the noise of sample first + k of the seed
-    mixing   [F, C] shares of noise and class vector of each corner in a frame; see line and square
-    spherical  go along the great circle through two corners instead of the chord, at constant speed
+    mixing   [F, C] weights of the corners' noise in a frame; see line, circle and square
+    shares   [F, C] of the corners' class vectors, if they are others
     model, options  as in generate or generate_latent, but for shared and e: the noise of later steps is that
              of corner 0 in every frame, so that frames differ by latent and class only
     returns  [F, 3, H, W] in [-1, 1]"""
     device = next(model.parameters()).device
     mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
     e = sample_noise(seed, first, len(y), model.latent_shape)[0].to(device)                     # [C, N, d]
-    z = slerp(*spherify(e).split(1), mixing[:, 1]) if spherical else torch.einsum("fc,cnd->fnd", mixing, e)
+    z = torch.einsum("fc,cnd->fnd", mixing, e)                                              # [F, N, d]
     e = torch.cat([z[None], e[:1].expand(steps - 1, len(mixing), -1, -1)])                  # [T, F, N, d]
     classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
-    return sampler(model)(model, mixing @ classes, steps, cfg, e=e, shared=False, **options)
+    shares = mixing if shares is None else torch.as_tensor(shares, device=device)
+    return sampler(model)(model, shares @ classes, steps, cfg, e=e, shared=False, **options)
 
 
 def line(frames):
     """Mixing [frames, 2] of two corners at equal steps, both ends included."""
     weight = torch.linspace(0, 1, frames)
     return torch.stack([1 - weight, weight], dim=1)
+
+
+def circle(frames):
+    """Mixing [frames, 2] once around the great circle through two corners: cosines and sines, whose squares are
+    the shares of the classes. Noise mixed so is Gaussian, and two random points are nearly orthogonal."""
+    angle = torch.arange(frames) * (2 * math.pi / frames)
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def square(side):
@@ -386,9 +394,10 @@ def main(argv=None):
         "reconstruct, crossover: null)")
     add("--count", type=int, default=80, help="generate: number of images (%(default)s)")
     add("--batch-size", type=int, default=100, help="generate: images at a time (%(default)s)")
-    add("--way", choices=("line", "circle", "square"), default="line", help="interpolate: (%(default)s)")
-    add("--frames", type=int, default=8, help="interpolate: images per line, or side (%(default)s)")
-    add("--gif", action="store_true", help="interpolate: also as an animation, there and back")
+    add("--way", choices=WAYS, default="line", help="interpolate: two random points, once around the great "
+        "circle through two, or four corners of a square (%(default)s)")
+    add("--frames", type=int, default=8, help="interpolate: images per line, circle or side (%(default)s)")
+    add("--gif", action="store_true", help="interpolate: also as an animation, of a line there and back")
     add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
     add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
         "image is taken (%(default)s)")
@@ -446,17 +455,21 @@ def draw_reconstructions(args, model, how):
 def draw_interpolations(args, model, how):
     """images between random points, their classes mixed too, SE Fig. 6"""
     classes = args.classes or range(max(model.num_classes, 1))
-    corners, rows, mixing = (4, 1, square(args.frames)) if args.way == "square" else (2, 5, line(args.frames))
-    y = [classes[k % len(classes)] for k in range(corners * rows)]
-    x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, spherical=args.way == "circle",
-                               first=k, **how) for k in range(0, len(y), corners)])     # [rows * F, 3, H, W]
+    mixing = WAYS[args.way](args.frames)
+    corners, shares = mixing.shape[1], mixing.square() if args.way == "circle" else mixing
+    y = [classes[k % len(classes)] for k in range(4 if corners == 4 else max(10, len(classes) // 2 * 2))]
+    x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, shares=shares, first=k, **how)
+                   for k in range(0, len(y), corners)])                                 # [rows * F, 3, H, W]
     write_singles(args, x)
     x = x.unflatten(0, (-1, args.frames))                                           # [rows, frames, 3, H, W]
     if args.gif:
-        columns, zoom = math.ceil(math.sqrt(len(x))), max(1, round(96 / max(model.image_size)))
-        frames = [to_pil(make_grid(images, columns, 1, pad_value=1), zoom) for images in x.transpose(0, 1)]
-        save_image(frames[0], args.out / "interpolate.gif", save_all=True, duration=120, loop=0,
-                   append_images=frames[1:] + frames[-2:0:-1])
+        columns = next(c for c in range(math.ceil(math.sqrt(len(x))), len(x) + 1) if len(x) % c == 0)
+        large = F.interpolate(x.flatten(0, 1), scale_factor=max(1, round(64 / max(model.image_size))),
+                              mode="bicubic").unflatten(0, (-1, args.frames))
+        frames = [to_pil(make_grid(images, columns, pad_value=1)) for images in large.transpose(0, 1)]
+        back = [] if args.way == "circle" else frames[-2:0:-1]
+        save_image(frames[0], args.out / "interpolate.gif", save_all=True, duration=80, loop=0,
+                   append_images=frames[1:] + back)
     ends = [[*model.class_names, ""][k] for k in y]
     return {"": x}, [f"{a} to {b}" for a, b in zip(ends[::2], ends[1::2])] if corners == 2 and ends[0] else []
 
@@ -487,6 +500,7 @@ def write_singles(args, images, first=0):
             save_image(to_pil(image), args.out / "images" / f"{i:06d}.png")
 
 
+WAYS = {"line": line, "circle": circle, "square": square}
 WORDS = {"generate": draw_samples, "reconstruct": draw_reconstructions, "interpolate": draw_interpolations,
          "crossover": draw_edits, "manipulate": draw_edits}
 

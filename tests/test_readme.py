@@ -1,4 +1,4 @@
-"""The README's commands, names and tables are checked against the code."""
+"""The commands, code, names and links of README.md and notebooks/README.md are checked against the code."""
 
 import functools
 import inspect
@@ -15,8 +15,11 @@ from PIL import Image
 import sample
 import train
 from conftest import ROOT
+from losses import pixel_reconstruction_loss, sphere_encoder_loss
+from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 
-README = (ROOT / "README.md").read_text()
+README, NOTEBOOKS = ((ROOT / folder / "README.md").read_text() for folder in ("", "notebooks"))
+LOSS, SAMPLING, LATENT_SAMPLING, USE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip()
             for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
             if line.strip() and not line.startswith("#")]
@@ -83,6 +86,31 @@ def test_readme_command_for_released_weights_is_understood(argv, monkeypatch, tm
     assert seen[0][3] == "cfg.json"
 
 
+def test_the_lines_that_explain_loss_and_sampling_are_the_functions(model, denoiser):
+    T, y = 3, torch.tensor([0, 3])
+    x, e = torch.rand(2, 3, *model.image_size) * 2 - 1, sample_noise(0, 0, 2, model.latent_shape)[0]
+    sigma, sigma_sub, sigma_max = torch.tensor([1.0, 4.0]), torch.tensor([0.2, 1.0]), angle_to_sigma(80.0)
+    space = {"model": model, "denoiser": denoiser, "tokenizer": denoiser.tokenizer, "spherify": spherify,
+             "add_noise": add_noise, "x": x, "y": y, "e": e, "T": T, "sigma": sigma, "sigma_sub": sigma_sub,
+             "sigma_max": sigma_max, "distance": lambda a, b: pixel_reconstruction_loss(a, b)[0],
+             "cosine": lambda a, b: torch.cosine_similarity(a.flatten(1), b.flatten(1)).mean()}
+    exec(LOSS, space)
+    torch.testing.assert_close(space["loss"], sphere_encoder_loss(
+        model, x, y, sigma, sigma_sub, e, (1, 0, 1, 0, 1))[0])
+    with torch.no_grad():
+        exec(SAMPLING, space)
+        torch.testing.assert_close(space["x"], sample.generate(model, y, T))
+        space["sigma"] = [*(step_schedule(T, 1.0, "released") * angle_to_sigma(denoiser.alpha_max)), 0.0]
+        exec(LATENT_SAMPLING, space)
+        torch.testing.assert_close(space["x"].clamp(-1, 1), sample.generate_latent(denoiser, y, T))
+
+
+def test_the_lines_of_python_run(trained):
+    space = {}
+    exec(USE.replace("out/digits/model.pt", str(trained)), space)
+    assert space["x"].shape == (3, 3, 16, 16) and space["walk"].shape == (9, 3, 16, 16)
+
+
 def test_every_function_and_test_that_the_readme_names_exists():
     functions = re.findall(r"`(\w+\.py):(\w+)`", README)
     assert len(functions) > 10
@@ -90,21 +118,22 @@ def test_every_function_and_test_that_the_readme_names_exists():
         text = (ROOT / file).read_text()
         assert re.search(rf"(def|class) {name}\b", text), f"{file}: {name}"
     tests = re.findall(r"`(test_\w+)`", README)
-    assert len(tests) > 10
+    assert len(tests) > 3
     for name in tests:
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
 
 
-def test_every_file_that_the_readme_shows_exists():
-    paths = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(paths) > 6
+@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/results.md"])
+def test_every_file_that_a_page_shows_exists(page):
+    paths = re.findall(r"\]\(([^)#:]+)(?:#\w+)?\)", (ROOT / page).read_text())
+    assert len(paths) > 6 or page == "notebooks/results.md"
     for path in paths:
-        assert (ROOT / path).exists(), path
+        assert (ROOT / page).parent.joinpath(path).exists(), path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_are_kept_executed_whole_and_small_and_no_cell_has_a_time_limit(path):
-    assert path.stat().st_size < 1e6 and f"notebooks/{path.name}" in README
+    assert path.stat().st_size < 1e6 and f"notebooks/{path.name}" in README and path.name in NOTEBOOKS
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["execution"]["timeout"] == -1               # nbmake's would be 300 s
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -114,12 +143,12 @@ def test_notebooks_are_kept_executed_whole_and_small_and_no_cell_has_a_time_limi
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
 
 
-def test_sections_of_notebooks_that_the_readme_names_exist():
+def test_sections_of_notebooks_that_their_page_names_exist():
     headings = {n: [line for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
                     for line in "".join(cell["source"]).splitlines() if line.startswith("## ")]
                 for n, path in enumerate(sorted((ROOT / "notebooks").glob("*.ipynb")), 1)}
     named = 0
-    for cell in re.findall(r"^\| SL?E .*?\|.*?\|(.*?)\|", README, re.M):
+    for cell in re.findall(r"^\| SL?E .*?\|.*?\|(.*?)\|", NOTEBOOKS, re.M):
         for part in cell.split(";"):
             number = re.match(r"\s*(\d), ", part)
             for title in re.findall(r'"(.*?)"', part) if number else ():

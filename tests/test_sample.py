@@ -13,7 +13,7 @@ from conftest import ROOT, one_line, with_seeded_weights
 from fid import to_uint8
 from models import convert_official
 from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct, sampler
-from spherify import add_noise, angle_to_sigma, sample_noise, spherify, truncate_noise
+from spherify import add_noise, angle_between, angle_to_sigma, sample_noise, spherify, truncate_noise
 from test_models import CFG, golden_model, released
 
 Y = torch.tensor([0, 1, 3])
@@ -576,12 +576,11 @@ def corners(model, count=2, seed=5):
 
 
 @pytest.mark.parametrize("kind", ["model", "denoiser"])
-@pytest.mark.parametrize("spherical", [False, True])
-def test_ends_of_an_interpolation_are_its_corners_and_frames_share_later_noise(kind, spherical, request):
+def test_ends_of_an_interpolation_are_its_corners_and_frames_share_later_noise(kind, request):
     """With the noise of later steps given: that of corner 0 in every frame."""
     net = request.getfixturevalue(kind)
     draw, y, e = sampler(net), torch.tensor([0, 3]), corners(net)
-    x = sample.interpolate(net, y, sample.line(5), 3, spherical=spherical, seed=5)
+    x = sample.interpolate(net, y, sample.line(5), 3, seed=5)
     for frame, k in ((0, 0), (4, 1)):
         noise = torch.stack([e[k:k + 1], e[:1], e[:1]])
         end = draw(net, y[k:k + 1], 3, shared=False, e=noise)
@@ -596,6 +595,15 @@ def test_the_middle_of_a_line_mixes_noise_and_class_vectors_linearly(model):
     for table in tables:
         table.data[4] = (table[0] + table[3]) / 2                           # the mixture, as the null class
     torch.testing.assert_close(x[None], model.decode(spherify((e[:1] + e[1:]) / 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_circle_is_closed_and_passes_both_corners_and_their_opposites(model):
+    y, e, mixing = torch.tensor([0, 3]), corners(model), sample.circle(8)
+    x = sample.interpolate(model, y, mixing, 1, shares=mixing.square(), seed=5)
+    at = model.decode(spherify(torch.cat([e, -e])), torch.tensor([0, 3, 0, 3]))
+    torch.testing.assert_close(x[::2], at, rtol=1e-4, atol=1e-5)
+    turns = angle_between(*(spherify(torch.einsum("fc,cnd->fnd", mixing.roll(k, 0), e)) for k in (0, 1)))
+    assert (turns - 45).abs().max() < 5                     # equal steps, the last one back to the first
 
 
 def test_a_square_is_bilinear_between_its_four_corners():
@@ -678,7 +686,7 @@ def lines(model, y, mixing, **options):
     ("reconstruct --images a.png b.png --classes 3", lambda m, x: reconstruct(m, x, torch.tensor([3, 3]))),
     ("interpolate --frames 3", lambda m, x: lines(m, [*range(10)], sample.line(3))),
     ("interpolate --frames 3 --way circle --classes 3 8 1 --seed 2",
-     lambda m, x: lines(m, 4 * [3, 8, 1], sample.line(3), spherical=True, seed=2)),
+     lambda m, x: lines(m, 4 * [3, 8, 1], sample.circle(3), shares=sample.circle(3).square(), seed=2)),
     ("interpolate --frames 3 --way square --steps 2 --cfg 2 --sampling gamma=1",
      lambda m, x: sample.interpolate(m, [0, 1, 2, 3], sample.square(3), 2, 2.0, gamma=1)),
     ("crossover --images a.png b.png --steps 3",
@@ -695,10 +703,11 @@ def test_every_word_writes_what_its_function_gives_and_shows_it(seeded, photos, 
 
 
 def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_latent, tmp_path):
-    run(trained_latent, tmp_path, "interpolate --frames 3 --gif --way circle --classes 1 2 3")
-    with Image.open(tmp_path / "interpolate.gif") as animation:             # equal neighbours are one frame
-        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == 4 * 120
-        assert animation.size == (6 * (3 * 17 + 1), 6 * (2 * 17 + 1))       # a grid of five walks, enlarged
+    for way, frames in (("line", 4), ("circle", 3)):        # there and back; once around
+        run(trained_latent, tmp_path / way, f"interpolate --frames 3 --gif --way {way} --classes 1 2 3")
+        with Image.open(tmp_path / way / "interpolate.gif") as animation:   # equal neighbours are one frame
+            assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == frames * 80
+            assert animation.size == (5 * 66 + 2, 66 + 2)                   # five walks side by side, enlarged
 
 
 @pytest.mark.parametrize("options", [
