@@ -613,7 +613,7 @@ def load_data(preset):
         except Exception as error:                          # torchvision knows a dozen kinds
             why = (str(error) or repr(error)).splitlines()[0]
             raise OSError(f"{root}: {name} can be neither read nor downloaded ({why}); what --data must hold "
-                          f"says the README, \"At the paper's scale\"") from None
+                          f"says the README, \"At the papers' scale\"") from None
     if name in ("animal-faces", "flowers102"):
         parts = [[sum(map(list, column), []) for column in zip(*parts)]]
     data, held_out = [(in_memory if torch.is_tensor(part[0]) else from_files)(*part, preset.image_size)
@@ -889,7 +889,7 @@ def some(data, limit):
 
 def list_presets():
     """A line per preset: sizes, parameters, GFLOPs of one image; 2 for every multiply-add."""
-    form = ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>10}" * 7).format
+    form = ("{:24}{:>6}{:>7}{:>8}{:>15}" + "{:>12}" * 7).format
     costs = {name: cost(preset, PRESETS.get(preset.tokenizer)) for name, preset in PRESETS.items()}
     print(form("preset", "pixels", "tokens", "L", "parameters", *costs["digits"][1]))
     for name, (model, flops) in costs.items():
