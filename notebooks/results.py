@@ -49,8 +49,8 @@ STEPS = (1, 2, 4, 6)
 class Autoencoder(SphereEncoder):
     """E and D without a sphere: an autoencoder (s = 0), or a VAE whose pixels have the deviation s in [0, 1].
 
-    Random points are those of N(0, I), but for their length, which is sqrt(L); after `fit` those of the Gaussian
-    of the training set's latents."""
+    Random points are those of N(0, I), but for their length, which is sqrt(L); after `fit` those of the
+    Gaussian of the training set's latents."""
 
     s = 0.0
 
@@ -73,7 +73,7 @@ class Autoencoder(SphereEncoder):
 
     @torch.no_grad()
     def fit(self, x, y):
-        """Random points shall come from the Gaussian of these images' latents, drawn from their posteriors."""
+        """Random points shall come from the Gaussian of these images' latents, with their posteriors."""
         z, logvar = (part.flatten(1) for part in self.posterior(x, y))
         covariance = z.T.cov() + (logvar.exp().mean(0).diag() if self.s else 0)
         values, vectors = torch.linalg.eigh(covariance)
@@ -83,7 +83,8 @@ class Autoencoder(SphereEncoder):
 def autoencoder_loss(model, x, y, sigma, sigma_sub, e, *unused):
     """Smooth L1, which is Gaussian, and the divergence from N(0, I) on its scale: the evidence bound."""
     center, logvar = model.posterior(x, y[0])
-    l1, zero = pixel_reconstruction_loss(model.decode(center + (logvar / 2).exp() * e * (model.s > 0), y[2]), x)
+    z = center + (logvar / 2).exp() * e * (model.s > 0)
+    l1, zero = pixel_reconstruction_loss(model.decode(z, y[2]), x)
     divergence = (center.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean() / 2
     parts = dict.fromkeys(WEIGHT_NAMES, zero) | {"recon_l1": l1.detach()}
     return l1 + model.s**2 * divergence / x[0].numel(), parts
@@ -133,10 +134,10 @@ RUNS = {name: ("digits", changes, {}) for name, changes in {
     "16-token tokenizer": ("digits-tokenizer", {"patch_size": 4, "latent_dim": 8}, {}),
     "digits-latent": ("digits-latent", {"tokenizer": "tokenizer"}, {}),
     "latent, 16 tokens": ("digits-latent", {"tokenizer": "16-token tokenizer"}, {}),
-    "latent, uniform noise": ("digits-latent", {"tokenizer": "tokenizer"}, {
-        "train.logit_normal_sigmas": lambda B, alpha, *rest: sphere.uniform_sigmas(B, alpha, generator=rest[-1])}),
-    "latent, uniform noise, hard to 85": ("digits-latent", {"tokenizer": "tokenizer"}, {
-        "train.logit_normal_sigmas": lambda B, alpha, *rest: sphere.uniform_sigmas(B, alpha, 85, generator=rest[-1])}),
+    **{name: ("digits-latent", {"tokenizer": "tokenizer"}, {
+        "train.logit_normal_sigmas":
+            lambda *a, hard=hard: sphere.uniform_sigmas(*a[:2], hard, generator=a[-1])})
+       for name, hard in (("latent, uniform noise", None), ("latent, uniform noise, hard to 85", 85.0))},
 } | {name: ("digits-latent", {"tokenizer": "tokenizer", **changes}, {}) for name, changes in {
     "with latent consistency": {"weights": (1.0, 1.0, 1.0, 1.0, 0.1)},
     "latent, no consistency": {"weights": (1.0, 1.0, 0.0, 0.0, 0.0)},
@@ -172,8 +173,9 @@ def command(run, measure):
     (name, changes, replaced), arguments = RUNS[run], MEASURES[measure]
     if replaced != {} or callable(arguments) or "prepare" in arguments:
         return None
-    changes = changes | ({"tokenizer": folder(changes["tokenizer"], 0) / "last.pt"} if "tokenizer" in changes else {})
-    words, sampling = {**changes, "count": COUNT, "steps": STEPS, **arguments}, []
+    if "tokenizer" in changes:
+        changes = {**changes, "tokenizer": folder(changes["tokenizer"], 0) / "last.pt"}
+    words = {**changes, "count": COUNT, "steps": STEPS, **arguments}
 
     def option(key):
         value = words[key]
@@ -181,10 +183,12 @@ def command(run, measure):
         return (f"--{'no-' * (not value)}{word}" if isinstance(value, bool)
                 else f"--{word} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
 
-    sampling = [f"{key}={words.pop(key)}" for key in ("gamma", "schedule", "shared", "bound", "position") if key in words]
-    return " ".join([f"python train.py --preset {name} --out out/a", *map(option, changes)]) + "\n" + " ".join(
-        ["python train.py --evaluate out/a/last.pt", *(option(key) for key in words if key not in changes),
-         *["--sampling"] * bool(sampling), *sampling])
+    sampling = [f"{key}={value}" for key, value in arguments.items()
+                if key not in ("count", "steps", "cfg", "use_ema")]
+    judged = [option(key) for key in words if key not in changes and f"{key}={words[key]}" not in sampling]
+    return "\n".join([" ".join([f"python train.py --preset {name} --out out/a", *map(option, changes)]),
+                      " ".join(["python train.py --evaluate out/a/last.pt", *judged,
+                                *["--sampling"] * bool(sampling), *sampling])])
 
 
 # ---- Measures ----------------------------------------------------------------------------------------------
@@ -198,8 +202,8 @@ def judged(model, data, held_out, prepare=None, **arguments):
 
 @torch.no_grad()
 def calibrated(how, model, data):
-    """Statistics of the batch norm for sampling, SE C.4: of every batch by itself (assumed: "on the fly"), of the
-    training images, or of drawing 500 samples; a plain mean over batches of 100."""
+    """Statistics of the batch norm for sampling, SE C.4: of every batch by itself (assumed: "on the fly"), of
+    the training images, or of drawing 500 samples; a plain mean over batches of 100."""
     model.norm.reset_running_stats()
     model.norm.momentum = None
     model.norm.train()
@@ -234,8 +238,8 @@ def uniformity(model, data, held_out):
 
 
 def copies(model, data, held_out, T=4):
-    """Share of samples whose nearest training image, or its mirror image, is nearer than a third of the way to
-    the next one; the same of held-out images."""
+    """Share of samples whose nearest training image, or its mirror image, is nearer than a third of the way
+    to the next one; the same of held-out images."""
     x = data[range(len(data))][0]
     real = pixel_features(torch.cat([x, x.flip(-1)]))
     samples = gathered(range(COUNT), lambda part: to_uint8(
@@ -249,6 +253,7 @@ def copies(model, data, held_out, T=4):
     return rows
 
 
+BATCH_NORMS = ("every batch", "training images", "500 samples")
 # What is measured of a run: arguments of quality, use_ema of load, and what comes before.
 MEASURES = {
     "": {}, "fixed": {"gamma": 0.0}, "Eq. 13": {"gamma": 1.0, "schedule": "eq13"},
@@ -257,7 +262,7 @@ MEASURES = {
     **{f"guided {s}, {place}": {"cfg": s, "position": place} for s in (1.2, 1.6) for place in POSITIONS},
     **{f"bound {bound}": {"bound": bound} for bound in (1.0, 2.0, 3.0)},
     "plain weights": {"use_ema": False},
-    **{how: {"prepare": partial(calibrated, how)} for how in ("every batch", "training images", "500 samples")},
+    **{how: {"prepare": partial(calibrated, how)} for how in BATCH_NORMS},
     "prior": {"steps": (1,)}, "fitted": {"steps": (1,), "prepare": fitted},
     "297 samples": {"count": 297}, "1,000 samples": {"count": 1000}, "4,000 samples": {"count": 4000},
     "time": {"count": 500}, "uniformity": uniformity, "copies": copies,
@@ -270,7 +275,8 @@ def work(run, seed, wanted):
     training.draw = lambda *arguments: None                 # no pictures
     out = folder(run, seed)
     out.mkdir(parents=True, exist_ok=True)
-    with settings(run, seed) as preset, open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file):
+    output = open(out / "output.txt", "a")
+    with settings(run, seed) as preset, output, contextlib.redirect_stdout(output):
         if not (out / "done").exists():
             try:
                 training.train(preset, out, seed, (out / "last.pt").exists(), "cpu")
@@ -301,7 +307,8 @@ HEADS = {f"{short} {T}": (row, f"T = {T}", digits) for T in STEPS for short, row
     ("Fréchet", "Fréchet distance", 2), ("right", "judged right", 3), ("recall", "recall", 2),
     ("nearest", "nearest", 2), ("ms", "ms per image", 2), ("MFLOPs", "MFLOPs", 1))} | {
     "parameters": ("MFLOPs", "parameters", 0), "gradient": ("log", "grad_norm", 2),
-    "real Fréchet": ("Fréchet distance", "real held-out", 2), "real right": ("judged right", "real held-out", 3),
+    "real Fréchet": ("Fréchet distance", "real held-out", 2),
+    "real right": ("judged right", "real held-out", 3),
     "MSE": ("reconstruction MSE", "real held-out", 4), "all": ("distance", "all", 3),
     "all, uniform": ("distance", "all, uniform", 3), "class": ("distance", "class", 3),
     "class, uniform": ("distance", "class, uniform", 3), "copies": ("samples", "copies", 4),
@@ -344,10 +351,9 @@ DEFAULT, LATENT = {"default": ("digits", "")}, {"default": ("digits-latent", "")
 ANGLES = [f"{alpha} degrees" for alpha in (0, 30, 45, 60, 70, 75, 80, 85)]
 LENGTHS = {L: f"L = {L}, ratio {768 / L:.2g}" for L in (36, 72, 144, 288, 576, 1152)}
 GUIDED = {(s, place): f"guided {s}, {place}" for s in (1.2, 1.6) for place in POSITIONS}
-BATCH_NORMS = ("every batch", "training images", "500 samples")
 BOUNDS = ("bound 3.0", "bound 2.0", "bound 1.0")
-PLAIN = {f"{name}, {how}": (name, how) for name in ("autoencoder", "VAE, s = 0.1", "VAE, s = 0.3", "VAE, s = 1.0")
-         for how in ("prior", "fitted")}
+PLAIN = {f"{name}, {how}": (name, how) for how in ("prior", "fitted")
+         for name in ("autoencoder", "VAE, s = 0.1", "VAE, s = 0.3", "VAE, s = 1.0")}
 SYSTEMS = {"SE": "digits", "SLE": "digits-latent", "SE, 16 tokens": "16 tokens",
            "SLE, 16 tokens": "latent, 16 tokens"}
 # The presets' own decays are measured under the name "".
@@ -367,9 +373,9 @@ STUDIES = {
     "consistency": Study(
         "SE Sec. 6, Table 4", "each consistency loss improves generation",
         "13.58 with neither, 7.53 with both (ImageNet, second hand)",
-        "Pixel consistency \"significantly improves\" on reconstruction alone, whose images have a \"waffle\" "
-        "artifact; with latent consistency they are best. (In its code reconstruction alone is from v_NOISY, not "
-        "from v_noisy as in Eq. 7.)",
+        "Pixel consistency \"significantly improves\" on reconstruction alone, whose images have a "
+        "\"waffle\" artifact; with latent consistency they are best. (In its code reconstruction alone is "
+        "from v_NOISY, not from v_noisy as in Eq. 7.)",
         DEFAULT | runs("reconstruction alone", "reconstruction from v_NOISY", "no pixel consistency",
                        "no latent consistency"),
         less("no latent consistency", ["reconstruction alone", "reconstruction from v_NOISY"], "Fréchet 4")
@@ -377,26 +383,30 @@ STUDIES = {
     "angle": Study(
         "SE Sec. 6, Fig. 10, 11", "larger angles generate better, 80 degrees than 45",
         "curve only; best at 80 (CIFAR-10) and 85 (ImageNet)",
-        "Up to 45 degrees noisy latents do not cover the sphere and generation fails; towards 80 or 85 degrees "
-        "gFID falls. (No hard cases, but in the default.)", runs(*ANGLES) | DEFAULT,
-        less("80 degrees", ["45 degrees", "60 degrees"], *FAR) + less("45 degrees", ["80 degrees"], "right 4"),
+        "Up to 45 degrees noisy latents do not cover the sphere and generation fails; towards 80 or 85 "
+        "degrees gFID falls. (No hard cases, but in the default.)", runs(*ANGLES) | DEFAULT,
+        less("80 degrees", ["45 degrees", "60 degrees"], *FAR)
+        + less("45 degrees", ["80 degrees"], "right 4"),
         (*USUAL, "MSE")),
     "trade-off": Study(
         "SE Sec. 6; SLE Sec. 1", "less noise reconstructs better", "-",
         "Lower noise levels improve reconstruction, but weaken generation.",
         runs("45 degrees", "60 degrees", "80 degrees"),
-        less("45 degrees", ["60 degrees"], "MSE") + less("60 degrees", ["80 degrees"], "MSE"), ("MSE", *USUAL)),
+        less("45 degrees", ["60 degrees"], "MSE") + less("60 degrees", ["80 degrees"], "MSE"),
+        ("MSE", *USUAL)),
     "hard-cases": Study(
         "SE App. C.2, Table 10", "hard cases up to 85 degrees help, up to 89 they do not", "-",
-        "A tenth of the samples between 80 and 85 degrees improves one and four steps; up to 89 degrees quality "
-        "falls and gradients explode. (The paper draws uniformly in the angle, its code in sigma; gradient: the "
-        "largest norm in the log, a mean of ten iterations.)",
+        "A tenth of the samples between 80 and 85 degrees improves one and four steps; up to 89 degrees "
+        "quality falls and gradients explode. (The paper draws uniformly in the angle, its code in sigma; "
+        "gradient: the largest norm in the log, a mean of ten iterations.)",
         {"none": ("80 degrees", ""), "to 85 (default)": ("digits", ""), "to 89": ("hard to 89", ""),
          "none, in the angle": ("no hard cases, in the angle", ""),
          "to 85, in the angle": ("hard to 85, in the angle", ""),
-         "to 89, in the angle": ("hard to 89, in the angle", ""), "to 85, as released": ("released noise", "")},
+         "to 89, in the angle": ("hard to 89, in the angle", ""),
+         "to 85, as released": ("released noise", "")},
         less("to 85 (default)", ["none", "to 89"], *FAR)
-        + less("to 85, in the angle", ["none, in the angle", "to 89, in the angle"], *FAR), (*USUAL, "gradient")),
+        + less("to 85, in the angle", ["none, in the angle", "to 89, in the angle"], *FAR),
+        (*USUAL, "gradient")),
     "tokens": Study(
         "SE Sec. 6, Table 5", "a higher spatial resolution is better at equal L", "-",
         "At equal L the higher spatial resolution has the lower gFID, on all its data sets.",
@@ -406,30 +416,32 @@ STUDIES = {
     "compression": Study(
         "SE App. C.5, Fig. 20", "a ratio near 3 is better than a far larger or smaller one",
         "1.5 and 3.0 best (ImageNet)",
-        "gFID has two optima, at ratios of pixels to L of about 1.5 and 3. (The ratio counts 16 x 16 x 3 numbers; "
-        "these digits are grey and of 8x8 pixels, enlarged.)",
+        "gFID has two optima, at ratios of pixels to L of about 1.5 and 3. (The ratio counts 16 x 16 x 3 "
+        "numbers; these digits are grey and of 8x8 pixels, enlarged.)",
         {label: ("digits" if L == 288 else f"L = {L}", "") for L, label in LENGTHS.items()},
         less(LENGTHS[288], [LENGTHS[L] for L in (36, 72, 1152)], "Fréchet 4"), (*USUAL, "MSE")),
     "schemes": Study(
         "SE Sec. 6, Table 6", "fixed noise beats decay, shared noise beats fresh",
         "5.99 fixed and shared at 4 steps (ImageNet, second hand)",
-        "Fixed noise is better than decaying noise at every number of steps, and shared noise than fresh. (With "
-        "Eq. 13 the second of two steps has no noise at all.)",
+        "Fixed noise is better than decaying noise at every number of steps, and shared noise than fresh. "
+        "(With Eq. 13 the second of two steps has no noise at all.)",
         DEFAULT | of("digits", "Eq. 13", "released", "fresh", "fresh, Eq. 13"),
         less("default", ["Eq. 13", "fresh"], *LATER) + less("fresh", ["fresh, Eq. 13"], *LATER)
         + less("Eq. 13", ["fresh, Eq. 13"], *LATER[1:]), SEVERAL),
     "guidance": Study(
         "SE App. A, Table 8", "guidance improves", "1.65 to 1.41 at 6 steps (CIFAR-10, guidance 1.2)",
         "A little guidance yields a slight improvement.", DEFAULT | of("digits", GUIDED[1.2, "combo"]),
-        less(GUIDED[1.2, "combo"], ["default"], "Fréchet 6"), [f"{x} {T}" for x in ("Fréchet", "right") for T in STEPS]),
+        less(GUIDED[1.2, "combo"], ["default"], "Fréchet 6"),
+        [f"{short} {T}" for short in ("Fréchet", "right") for T in STEPS]),
     "guided-places": Study(
         "SE App. C.1, Table 9", "guiding pixels beats guiding latents, and 1.6 in both places is best",
         "1.6 in both places best (ImageNet)",
-        "Guidance in pixels is consistently better than in latents, and the root of 1.6 in both is best at four "
-        "steps.", DEFAULT | of("digits", *GUIDED.values()),
+        "Guidance in pixels is consistently better than in latents, and the root of 1.6 in both is best at "
+        "four steps.", DEFAULT | of("digits", *GUIDED.values()),
         [comparison for s in (1.2, 1.6)
          for comparison in less(GUIDED[s, "decoder"], [GUIDED[s, "encoder"]], "Fréchet 4")]
-        + less(GUIDED[1.6, "combo"], [row for key, row in GUIDED.items() if key != (1.6, "combo")], "Fréchet 4")),
+        + less(GUIDED[1.6, "combo"], [row for row in GUIDED.values() if row != GUIDED[1.6, "combo"]],
+               "Fréchet 4")),
     "prior": Study(
         "SE App. C.6, Table 14", "a truncated prior changes nothing", "-",
         "gFID and IS are similar for all bounds, since the noise is projected anyway.",
@@ -438,23 +450,26 @@ STUDIES = {
         "SE App. D", "averaged weights make no difference", "-", "The cosine of the rate smooths enough.",
         DEFAULT | of("digits", "plain weights"), less("default", ["plain weights"], *FAR, sign="=")),
     "regularisers": Study(
-        "SE App. C.3, Table 11", "batch norm helps marginally, the sliced Wasserstein loss on top of it does not",
-        "-", "Batch norm improves one and four steps marginally; with the loss on top they are slightly worse. "
-        "(The weight of the loss, 0.01, is ours.)",
+        "SE App. C.3, Table 11",
+        "batch norm helps marginally, the sliced Wasserstein loss on top of it does not", "-",
+        "Batch norm improves one and four steps marginally; with the loss on top they are slightly "
+        "worse. (The weight of the loss, 0.01, is ours.)",
         DEFAULT | runs("batch norm", "sliced Wasserstein", "batch norm and sliced Wasserstein"),
         less("batch norm", ["default", "batch norm and sliced Wasserstein"], *FAR)),
     "calibration": Study(
         "SE App. C.4, Table 12", "batch norm needs no calibration", "-",
         "Explicit calibration is not strictly necessary. (In one step no encoder takes part.)",
-        runs("batch norm") | of("batch norm", *BATCH_NORMS), less("batch norm", BATCH_NORMS, "Fréchet 4", sign="=")),
+        runs("batch norm") | of("batch norm", *BATCH_NORMS),
+        less("batch norm", BATCH_NORMS, "Fréchet 4", sign="=")),
     "uniformity": Study(
         "SE Sec. 4, Fig. 7", "noise brings latents nearer to uniform, a class's if the encoder is told it",
         "pictures only",
-        "Latents look uniform on the sphere, all of them and those of one class, without a loss that asks for it. "
-        "(The floor is that of as many uniform points.)",
+        "Latents look uniform on the sphere, all of them and those of one class, without a loss that asks "
+        "for it. (The floor is that of as many uniform points.)",
         {"no noise": ("0 degrees", "uniformity"), "30 degrees": ("30 degrees", "uniformity"),
          "default": ("digits", "uniformity"), "encoder blind to the class": ("blind encoder", "uniformity"),
-         "batch norm": ("batch norm", "uniformity"), "sliced Wasserstein": ("sliced Wasserstein", "uniformity")},
+         "batch norm": ("batch norm", "uniformity"),
+         "sliced Wasserstein": ("sliced Wasserstein", "uniformity")},
         less("default", ["no noise", "30 degrees"], "all", "class")
         + less("default", ["encoder blind to the class"], "class"),
         ("all", "all, uniform", "class", "class, uniform")),
@@ -466,43 +481,48 @@ STUDIES = {
         "SE App. B", "at this length no sample is a copy (ours)", "copies after 10,000 epochs of CIFAR-10",
         "After very long training the model sometimes generates near-duplicates.",
         {"Sphere Encoder": ("digits", "copies"), "Sphere Latent Encoder": ("digits-latent", "copies")},
-        [(label, "copies", "=", label, "real copies") for label in ("Sphere Encoder", "Sphere Latent Encoder")],
+        [(label, "copies", "=", label, "real copies") 
+         for label in ("Sphere Encoder", "Sphere Latent Encoder")],
         ("copies", "real copies", "lowest ratio", "real lowest")),
     "parts": Study(
         "SE Sec. 2.4", "the sin-cos table, the last RMSNorm and the mixers each help", "-",
-        "Without the sinusoidal table generation is worse; the norm is \"critical\" for stable training; mixers "
-        "\"aim to improve\" it. (Without mixers their norms are missing, too.)",
+        "Without the sinusoidal table generation is worse; the norm is \"critical\" for stable training; "
+        "mixers \"aim to improve\" it. (Without mixers their norms are missing, too.)",
         DEFAULT | runs("no sin-cos table", "no final RMSNorm", "no mixers"),
-        less("default", ["no sin-cos table", "no final RMSNorm", "no mixers"], *FAR), (*USUAL, "MSE", "gradient")),
+        less("default", ["no sin-cos table", "no final RMSNorm", "no mixers"], *FAR),
+        (*USUAL, "MSE", "gradient")),
     "autoencoders": Study(
-        "SE Sec. 1, 7, Fig. 3", "random points fail in autoencoders and VAEs, not on the sphere", "pictures only",
+        "SE Sec. 1, 7, Fig. 3", "random points fail in autoencoders and VAEs, not on the sphere",
+        "pictures only",
         "Points of the prior, and of a Gaussian fitted to the latents, give no images in FLUX's and Stable "
-        "Diffusion's autoencoders; but \"VAEs can already perform direct sampling on MNIST\". (The same networks "
-        "without a sphere. s, a pixel's deviation in [0, 1], weighs reconstruction against divergence; it counts "
-        "768 numbers, of which 64 are independent.)", DEFAULT | PLAIN, less("default", PLAIN, "Fréchet 1"),
+        "Diffusion's autoencoders; but \"VAEs can already perform direct sampling on MNIST\". (The same "
+        "networks without a sphere. s, a pixel's deviation in [0, 1], weighs reconstruction against "
+        "divergence; it counts 768 numbers, of which 64 are independent.)",
+        DEFAULT | PLAIN, less("default", PLAIN, "Fréchet 1"),
         ("right 1", "Fréchet 1", "recall 1", "nearest 1", "MSE")),
     "systems": Study(
-        "SLE Abstract", "the Sphere Latent Encoder is better at equal steps", "2.25 against 4.05 at 4 steps (ImageNet, "
-        "with guidance, model cards)",
-        "It \"significantly outperforms Sphere Encoder\" on three data sets. (Here its tokenizer is a small Sphere "
-        "Encoder trained on the same digits, not DINOv2, and the presets train for about the same time, tokenizer "
-        "included; parameters are those of the denoiser. Fixed noise is one default, the released decay the other.)",
+        "SLE Abstract", "the Sphere Latent Encoder is better at equal steps", "2.25 against 4.05 at 4 steps "
+        "(ImageNet, with guidance, model cards)",
+        "It \"significantly outperforms Sphere Encoder\" on three data sets. (Here its tokenizer is a small "
+        "Sphere Encoder trained on the same digits, not DINOv2, and the presets train for about the same "
+        "time, tokenizer included; parameters are those of the denoiser. "
+        "Fixed noise is one default, the released decay the other.)",
         DECAYS, [comparison for how in ("fixed", "Eq. 13", "released") for tokens in ("", ", 16 tokens")
                  for comparison in less(f"SLE{tokens}, {how}", [f"SE{tokens}, {how}"], *FAR)],
         ("right 1", "right 4", "Fréchet 1", "Fréchet 2", "Fréchet 4", "Fréchet 6", "recall 4", "MSE")),
     "cost": Study(
         "SLE Sec. 1", "What does an image cost?", "",
-        "Some 6.5 times fewer FLOPs at the same steps: no step leaves the latent space, and one decode makes the "
-        "image. (`python train.py --list` counts 6.48 times fewer at 4 steps for the paper's sizes. These presets "
-        "are no such pair: four tokens of pixels cost less than the denoiser that was chosen.)",
+        "Some 6.5 times fewer FLOPs at the same steps: no step leaves the latent space, and one decode makes "
+        "the image. (`python train.py --list` counts 6.48 times fewer at 4 steps for the paper's sizes. "
+        "These presets are no such pair: four tokens of pixels cost less than the denoiser that was chosen.)",
         {system: (run, "time") for system, run in SYSTEMS.items()}, (),
         [f"{x} {T}" for x in ("MFLOPs", "ms") for T in STEPS] + ["parameters"]),
     "noise": Study(
         "SLE Sec. 4.3", "its logit-normal noise is better than the Sphere Encoder's uniform noise", "-",
-        "\"More aggressive noise schedules that are better suited to few-step sampling.\" (Mean and deviation are "
-        "lost; ours were chosen on other seeds, the uniform noise has no such choice.)",
-        LATENT | runs("latent, uniform noise", "latent, uniform noise, hard to 85", "latent, plain logit-normal",
-                      "latent, 75 degrees", "latent, 85 degrees"),
+        "\"More aggressive noise schedules that are better suited to few-step sampling.\" (Mean and "
+        "deviation are lost; ours were chosen on other seeds, the uniform noise has no such choice.)",
+        LATENT | runs("latent, uniform noise", "latent, uniform noise, hard to 85",
+                      "latent, plain logit-normal", "latent, 75 degrees", "latent, 85 degrees"),
         less("default", ["latent, uniform noise", "latent, uniform noise, hard to 85"], *FAR)),
     "latent-consistency": Study(
         "SLE Sec. 4.3", "latent consistency is better left out", "-",
@@ -514,12 +534,12 @@ STUDIES = {
         LATENT | runs("latent, no consistency"), less("default", ["latent, no consistency"], *FAR)),
     "distances": Study(
         "SLE Sec. 4.2", "Which distance, and is the cosine needed?", "",
-        "Our text has lost the symbol. (The target, z or f(z), cannot be varied: these latents lie on the sphere.)",
+        "Our text has lost the symbol. (z and f(z) as targets are the same: these latents are on the sphere.)",
         LATENT | runs("latent, squared", "latent, smooth", "latent, distance alone", "latent, cosine alone")),
     "decays": Study(
         "SLE Sec. 4.4", "Which decay of the noise?", "",
-        "Noise is reduced over the steps \"following Sphere Encoder\"; by which formula is lost. The default is "
-        "that of the Sphere Encoder's released code.",
+        "Noise is reduced over the steps \"following Sphere Encoder\"; by which formula is lost. The default "
+        "is that of the Sphere Encoder's released code.",
         LATENT | of("digits-latent", "Eq. 13", "fixed"), (), SEVERAL),
     "floor": Study(
         "-", "How near are real digits, and what does the number of samples do?", "",
@@ -541,7 +561,8 @@ def values(study, label, head):
     if row == "log":
         logs = [(folder(run, seed) / "log.jsonl").read_text().splitlines() for seed in SEEDS]
         return [max(json.loads(line)[column] for line in lines) for lines in logs]
-    found = [json.loads(measured_file(run, seed, measure).read_text()).get(row, {}).get(column) for seed in SEEDS]
+    found = [json.loads(measured_file(run, seed, measure).read_text()) for seed in SEEDS]
+    found = [rows.get(row, {}).get(column) for rows in found]
     return None if None in found else found
 
 
@@ -551,14 +572,15 @@ def counted(run):
     preset, tokenizer = (replace(PRESETS[RUNS[name][0]], **RUNS[name][1]) if name else None
                          for name in (run, RUNS[run][1].get("tokenizer")))
     model, flops = cost(preset, tokenizer)
-    return {T: 1000 * value for T, value in flops.items()} | {"parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {T: 1000 * value for T, value in flops.items()} | {"parameters": parameters}
 
 
 def shown(study, label, head):
     numbers, digits = values(study, label, head), HEADS[head][2]
     if numbers is None:
         return ""
-    spread = f" ± {stdev(numbers):.{digits}f}" if stdev(numbers) or HEADS[head][0] not in ("MFLOPs",) else ""
+    spread = "" if HEADS[head][0] == "MFLOPs" else f" ± {stdev(numbers):.{digits}f}"
     return f"{mean(numbers):,.{digits}f}{spread}"
 
 
@@ -599,7 +621,8 @@ def section(name, study):
     commands = filter(None, (command(*row) for row in reversed(study.rows.values())))
     return [f"## {name}", f"*{study.paper}: {study.claim}{'?' * (study.claim[-1] != '?')}*",
             "\n".join(f"| {' | '.join(row)} |" for row in table),
-            f"Seen ({verdict(study)}): {seen(study)}." if study.comparisons else "", f"The paper: {study.says}",
+            f"Seen ({verdict(study)}): {seen(study)}." if study.comparisons else "",
+            f"The paper: {study.says}",
             f"```sh\n{next(commands, f'python notebooks/results.py {name}')}\n```"]
 
 
@@ -626,27 +649,30 @@ def report():
 
 INTRODUCTION = """# Results
 
-Written by `python notebooks/results.py`, but for what stands below the line of dashes. Which claims of the papers
-hold on 1,500 real handwritten digits of 8x8 pixels, enlarged to 16x16, with small networks and a minute of
-training? All numbers are means and standard deviations over the training seeds 0, 1 and 2, of {count:,}
-class-balanced samples of one sampling seed. "default" is the preset `digits`, or `digits-latent`; samples are drawn
-as the preset says, without guidance, unless a row says otherwise. The presets were tuned, on other seeds, and the
-alternatives were not, which favours the default.
+Written by `python notebooks/results.py`, but for what stands below the line of dashes. Which claims of the
+papers hold on 1,500 real handwritten digits of 8x8 pixels, enlarged to 16x16, with small networks and a
+minute of training? All numbers are means and standard deviations over the training seeds 0, 1 and 2, of
+{count:,} class-balanced samples of one sampling seed. "default" is the preset `digits`, or `digits-latent`;
+samples are drawn as the preset says, without guidance, unless a row says otherwise. The presets were tuned,
+on other seeds, and the alternatives were not, which favours the default.
 
-- **Fréchet** T: squared distance between Gaussians fitted to the raw pixels of samples in T steps and of the
-  training digits; it is no FID. **right**: share whose class a support vector classifier reads. **recall**: share
-  of the training digits within the neighbourhoods of samples; it falls with fewer samples. **nearest**: median
-  distance to the nearest training digit over that of held-out digits. **MSE**: of reconstructed held-out digits, in
-  [-1, 1]. **ms**: per image, on one thread.
-- *Below* and *above*: all three seeds of one are lower than all three of the other; *within the spread*: they are
-  not. Two equal, independent settings are so arranged one time in ten, and in the claimed direction one in twenty:
-  some {chance:.0f} of the {orders} such comparisons here, most of which share the default's three runs. *As*: the
-  means differ by at most a tenth; *unlike*: by more, and all seeds of one are lower.
-- A claim **holds** if all its comparisons do. The table of claims shows the last one of each, its section all.
+- **Fréchet** T: squared distance between Gaussians fitted to the raw pixels of samples in T steps and of
+  the training digits; it is no FID. **right**: share whose class a support vector classifier reads.
+  **recall**: share of the training digits within the neighbourhoods of samples; it falls with fewer
+  samples. **nearest**: median distance to the nearest training digit over that of held-out digits. **MSE**:
+  of reconstructed held-out digits, in [-1, 1]. **ms**: per image, on one thread.
+- *Below* and *above*: all three seeds of one are lower than all three of the other; *within the spread*:
+  they are not. Two equal, independent settings are so arranged one time in ten, and in the claimed
+  direction one in twenty: some {chance:.0f} of the {orders} such comparisons here, most of which share the
+  default's three runs. *As*: the means differ by at most a tenth; *unlike*: by more, and all seeds of one
+  are lower.
+- A claim **holds** if all its comparisons do. The table of claims shows the last one of each, its section
+  all.
 
 Machine: {cpu}, no GPU, one thread per run, torch {torch}."""
-NOT_TRIED = """Not tried: the papers' sizes, data sets and FIDs (`train.py` has their presets), perceptual losses (their
-weights could not be downloaded), latents of DINOv2, manipulation and interpolation (pictures: notebook 3)."""
+NOT_TRIED = """Not tried: the papers' sizes, data sets and FIDs (`train.py` has their presets), perceptual
+losses (their weights could not be downloaded), latents of DINOv2, manipulation and
+interpolation (pictures: notebook 3)."""
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
@@ -665,7 +691,8 @@ def missing(names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--list", action="store_true", help="name the studies and what they lack, and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
@@ -682,7 +709,7 @@ def main():
     if args.list:
         return
     os.environ["OMP_NUM_THREADS"] = "1"                     # of the processes to come
-    todo = {key: [measure for measure in measures if measure != "time"] for key, measures in missing(names).items()}
+    todo = {key: [name for name in measures if name != "time"] for key, measures in missing(names).items()}
     try:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             for tokenizers in (True, False):
