@@ -311,14 +311,16 @@ def picture(panels, row_names=()):
     return canvas
 
 
-def sphere_picture(points):
-    """Points on the unit sphere {title: [n, 3]}, one sphere each, as a matplotlib figure; SE Fig. 7."""
+def sphere_picture(points, classes=None):
+    """Points on the unit sphere {title: [n, 3]}, one sphere each, as a matplotlib figure; SE Fig. 7. Of the
+    classes {title: [n]} every one has a colour."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(2.6 * len(points), 2.9))
     figure.subplots_adjust(0, 0, 1, 0.86, wspace=0)
     for place, (title, cloud) in enumerate(points.items(), 1):
         axes = figure.add_subplot(1, len(points), place, projection="3d")
-        axes.scatter(*cloud[:2000].T, s=3)                                      # paler where further away
+        colors = {"c": classes[title][:2000], "cmap": "tab10"} if classes else {}
+        axes.scatter(*cloud[:2000].T, s=3, **colors)                            # paler where further away
         axes.set(title=f"{title}\n{len(cloud[:2000])} points", xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         axes.set_box_aspect((1, 1, 1), zoom=1.6)
         axes.set_axis_off()
