@@ -319,7 +319,7 @@ def sphere_picture(points, classes=None):
     figure.subplots_adjust(0, 0, 1, 0.86, wspace=0)
     for place, (title, cloud) in enumerate(points.items(), 1):
         axes = figure.add_subplot(1, len(points), place, projection="3d")
-        colors = {"c": classes[title][:2000], "cmap": "tab10"} if classes else {}
+        colors = {"c": classes[title][:2000] % 10, "cmap": "tab10", "vmin": 0, "vmax": 9} if classes else {}
         axes.scatter(*cloud[:2000].T, s=3, **colors)                            # paler where further away
         axes.set(title=f"{title}\n{len(cloud[:2000])} points", xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         axes.set_box_aspect((1, 1, 1), zoom=1.6)
