@@ -450,7 +450,8 @@ STUDIES = {
         DEFAULT | of("digits", *BOUNDS), less("default", BOUNDS, *FAR, sign="=")),
     "averages": Study(
         "SE App. D", "averaged weights make no difference", "-",
-        "Averaging \"may not noticeably change\" FID or quality, \"likely\" since the cosine of the rate smooths already.",
+        "Averaging \"may not noticeably change\" FID or quality, \"likely\" since the cosine of the rate "
+        "smooths already.",
         DEFAULT | of("digits", "plain weights"), less("default", ["plain weights"], *FAR, sign="=")),
     "regularisers": Study(
         "SE App. C.3, Table 11",
