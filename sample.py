@@ -179,6 +179,9 @@ def square(side):
     return torch.kron(line(side), line(side))
 
 
+WAYS = {"line": line, "circle": circle, "square": square}
+
+
 @torch.no_grad()
 def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=True, position="combo", seed=0):
     """Pass images T times through encoder and decoder, with noise. SE Sec. 5.
@@ -502,7 +505,6 @@ def write_singles(args, images, first=0):
             save_image(to_pil(image), args.out / "images" / f"{i:06d}.png")
 
 
-WAYS = {"line": line, "circle": circle, "square": square}
 WORDS = {"generate": draw_samples, "reconstruct": draw_reconstructions, "interpolate": draw_interpolations,
          "crossover": draw_edits, "manipulate": draw_edits}
 

@@ -99,14 +99,15 @@ def without_sphere(s):
 
 # name: (preset, what differs from it, what stands in place of a name of the code; a number is that of
 # without_sphere). A tokenizer is the run of that name with the same seed.
-ALONE, TOKENS_16 = (1.0, 0.0, 0.0, 0.0, 0.0), {"patch_size": 4, "latent_dim": 16}
+ALONE = (1.0, 0.0, 0.0, 0.0, 0.0)
+ANGLES = {f"{alpha} degrees": float(alpha) for alpha in (0, 30, 45, 60, 70, 75, 80, 85)}
+DEVIATIONS = {f"VAE, s = {s}" if s else "autoencoder": s for s in (0.0, 0.1, 0.3, 1.0)}
 RUNS = {name: ("digits", changes, {}) for name, changes in {
     "digits": {},
     "no pixel consistency": {"weights": (1.0, 0.0, 0.0, 0.0, 0.02)},
     "no latent consistency": {"weights": (1.0, 0.0, 1.0, 0.0, 0.0)},
     "reconstruction alone": {"weights": ALONE},
-    **{f"{alpha} degrees": {"alpha_max": float(alpha), "alpha_hard": 0.0}
-       for alpha in (0, 30, 45, 60, 70, 75, 80, 85)},
+    **{name: {"alpha_max": alpha, "alpha_hard": 0.0} for name, alpha in ANGLES.items()},
     "hard to 89": {"alpha_hard": 89.0},
     "no hard cases, in the angle": {"mapping": "angle", "alpha_hard": 0.0},
     "hard to 85, in the angle": {"mapping": "angle"},
@@ -114,7 +115,7 @@ RUNS = {name: ("digits", changes, {}) for name, changes in {
     "released noise": {"mapping": "official"},
     "1 token of 288": {"patch_size": 16, "latent_dim": 288},
     "16 tokens of 18": {"patch_size": 4, "latent_dim": 18},
-    "16 tokens": TOKENS_16,
+    "16 tokens": {"patch_size": 4, "latent_dim": 16},
     **{f"L = {4 * d}": {"latent_dim": d} for d in (9, 18, 36, 144, 288)},
     "batch norm": {"batch_norm": True},
     "sliced Wasserstein": {"swd_weight": 0.01},
@@ -129,7 +130,7 @@ RUNS = {name: ("digits", changes, {}) for name, changes in {
         math.prod(grid), width)}),
     "no final RMSNorm": ("digits", {}, {
         "models.Mixer.forward": lambda self, x: nn.Sequential(*self.blocks)(x)}),
-    **{f"VAE, s = {s}" if s else "autoencoder": ("digits", {}, s) for s in (0.0, 0.1, 0.3, 1.0)},
+    **{name: ("digits", {}, s) for name, s in DEVIATIONS.items()},
     "tokenizer": ("digits-tokenizer", {}, {}),
     "16-token tokenizer": ("digits-tokenizer", {"patch_size": 4, "latent_dim": 8}, {}),
     "digits-latent": ("digits-latent", {"tokenizer": "tokenizer"}, {}),
@@ -151,8 +152,12 @@ RUNS = {name: ("digits", changes, {}) for name, changes in {
 }.items()}
 
 
+def file_name(words):
+    return re.sub("[^A-Za-z0-9.]+", "-", words)
+
+
 def folder(run, seed):
-    return OUT / f"{re.sub('[^A-Za-z0-9.]+', '-', run)}-{seed}"
+    return OUT / f"{file_name(run)}-{seed}"
 
 
 @contextlib.contextmanager
@@ -175,20 +180,18 @@ def command(run, measure, study):
         return None
     if "tokenizer" in changes:
         changes = {**changes, "tokenizer": folder(changes["tokenizer"], 0) / "last.pt"}
-    words = {**changes, "count": COUNT, "steps": STEPS, **arguments}
+    asked = {"count": COUNT, "steps": STEPS} | arguments
+    sampling = [f"{key}={asked.pop(key)}" for key in arguments
+                if key not in ("count", "steps", "cfg", "use_ema")]
 
-    def option(key):
-        value = words[key]
+    def option(key, value):
         word = key.replace("_", "-")
         return (f"--{'no-' * (not value)}{word}" if isinstance(value, bool)
                 else f"--{word} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
 
-    sampling = [f"{key}={value}" for key, value in arguments.items()
-                if key not in ("count", "steps", "cfg", "use_ema")]
-    judged = [option(key) for key in words if key not in changes and f"{key}={words[key]}" not in sampling]
-    return "\n".join([" ".join([f"python train.py --preset {name} --out out/{study}", *map(option, changes)]),
-                      " ".join([f"python train.py --evaluate out/{study}/last.pt", *judged,
-                                *["--sampling"] * bool(sampling), *sampling])])
+    trains = [f"python train.py --preset {name} --out out/{study}", *map(option, changes, changes.values())]
+    judges = [f"python train.py --evaluate out/{study}/last.pt", *map(option, asked, asked.values())]
+    return " ".join(trains) + "\n" + " ".join(judges + ["--sampling"] * bool(sampling) + sampling)
 
 
 # ---- Measures ----------------------------------------------------------------------------------------------
@@ -254,13 +257,15 @@ def copies(model, data, held_out, T=4):
 
 
 BATCH_NORMS = ("every batch", "training images", "500 samples")
+GUIDED = {(s, place): f"guided {s}, {place}" for s in (1.2, 1.6) for place in POSITIONS}
+BOUNDS = {f"bound {bound}": bound for bound in (3.0, 2.0, 1.0)}
 # What is measured of a run: arguments of quality, use_ema of load, and what comes before.
 MEASURES = {
     "": {}, "fixed": {"gamma": 0.0}, "Eq. 13": {"gamma": 1.0, "schedule": "eq13"},
     "released": {"gamma": 1.0, "schedule": "released"}, "fresh": {"shared": False},
     "fresh, Eq. 13": {"shared": False, "gamma": 1.0, "schedule": "eq13"},
-    **{f"guided {s}, {place}": {"cfg": s, "position": place} for s in (1.2, 1.6) for place in POSITIONS},
-    **{f"bound {bound}": {"bound": bound} for bound in (1.0, 2.0, 3.0)},
+    **{name: {"cfg": s, "position": place} for (s, place), name in GUIDED.items()},
+    **{name: {"bound": bound} for name, bound in BOUNDS.items()},
     "plain weights": {"use_ema": False},
     **{how: {"prepare": partial(calibrated, how)} for how in BATCH_NORMS},
     "prior": {"steps": (1,)}, "fitted": {"steps": (1,), "prepare": fitted},
@@ -297,7 +302,7 @@ def work(run, seed, wanted):
 
 
 def measured_file(run, seed, measure):
-    return folder(run, seed) / f"measured-{re.sub('[^A-Za-z0-9.]+', '-', measure) or 'default'}.json"
+    return folder(run, seed) / f"measured-{file_name(measure) or 'default'}.json"
 
 
 # ---- Studies -----------------------------------------------------------------------------------------------
@@ -348,12 +353,8 @@ def runs(*names):
 
 
 DEFAULT, LATENT = {"default": ("digits", "")}, {"default": ("digits-latent", "")}
-ANGLES = [f"{alpha} degrees" for alpha in (0, 30, 45, 60, 70, 75, 80, 85)]
 LENGTHS = {L: f"L = {L}, ratio {768 / L:.2g}" for L in (36, 72, 144, 288, 576, 1152)}
-GUIDED = {(s, place): f"guided {s}, {place}" for s in (1.2, 1.6) for place in POSITIONS}
-BOUNDS = ("bound 3.0", "bound 2.0", "bound 1.0")
-PLAIN = {f"{name}, {how}": (name, how) for how in ("prior", "fitted")
-         for name in ("autoencoder", "VAE, s = 0.1", "VAE, s = 0.3", "VAE, s = 1.0")}
+PLAIN = {f"{name}, {how}": (name, how) for how in ("prior", "fitted") for name in DEVIATIONS}
 SYSTEMS = {"SE": "digits", "SLE": "digits-latent", "SE, 16 tokens": "16 tokens",
            "SLE, 16 tokens": "latent, 16 tokens"}
 # The presets' own decays are measured under the name "".
