@@ -145,20 +145,20 @@ def reconstruct(model, x, y=None):
 def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=0, **options):
     """Images between random points of the sphere: of a line, a circle, a square of four corners. SE Fig. 6.
 
-    y        [C] classes of the C corners; corner k has the noise of sample first + k of the seed
+    y        [C] classes of the C corners; corner k is sample first + k of the seed, with shared noise
     mixing   [F, C] weights of the corners' noise in a frame; see line, circle and square
     shares   [F, C] of the corners' class vectors, if they are others
-    model, options  as in generate or generate_latent, but for shared and e: the noise of later steps is that
-             of corner 0 in every frame, so that frames differ by latent and class only
+    model, options  as in generate or generate_latent, but for shared and e: a frame has one noise for all of
+             its steps, the corners' mixed and Gaussian again (weights of norm 1: the same point of the sphere)
     returns  [F, 3, H, W] in [-1, 1]"""
     device = next(model.parameters()).device
     mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
     e = sample_noise(seed, first, len(y), model.latent_shape)[0].to(device)                     # [C, N, d]
-    z = torch.einsum("fc,cnd->fnd", mixing, e)                                              # [F, N, d]
-    e = torch.cat([z[None], e[:1].expand(steps - 1, len(mixing), -1, -1)])                  # [T, F, N, d]
+    e = torch.einsum("fc,cnd->fnd", F.normalize(mixing, dim=1), e)                          # [F, N, d]
     classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
     shares = mixing if shares is None else torch.as_tensor(shares, device=device)
-    return sampler(model)(model, shares @ classes, steps, cfg, e=e, shared=False, **options)
+    return sampler(model)(model, shares @ classes, steps, cfg, e=e.expand(steps, -1, -1, -1), shared=False,
+                          **options)
 
 
 def line(frames):

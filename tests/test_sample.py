@@ -585,15 +585,14 @@ def corners(model, count=2, seed=5):
 
 
 @pytest.mark.parametrize("kind", ["model", "denoiser"])
-def test_ends_of_an_interpolation_are_its_corners_and_frames_share_later_noise(kind, request):
-    """With the noise of later steps given: that of corner 0 in every frame."""
+def test_ends_of_an_interpolation_are_samples_and_its_middle_has_gaussian_noise_in_all_steps(kind, request):
     net = request.getfixturevalue(kind)
     draw, y, e = sampler(net), torch.tensor([0, 3]), corners(net)
     x = sample.interpolate(net, y, sample.line(5), 3, seed=5)
-    for frame, k in ((0, 0), (4, 1)):
-        noise = torch.stack([e[k:k + 1], e[:1], e[:1]])
-        end = draw(net, y[k:k + 1], 3, shared=False, e=noise)
-        torch.testing.assert_close(x[frame:frame + 1], end, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x[::4], draw(net, y, 3, seed=5), rtol=1e-4, atol=1e-5)
+    mixed = torch.tensor([[0.5, 0, 0, 0.5, 0]])
+    middle = draw(net, mixed, 3, e=(e[:1] + e[1:]) / 2**0.5)            # of variance 1
+    torch.testing.assert_close(x[2:3], middle, rtol=1e-4, atol=1e-5)
     assert (x[1:] - x[:-1]).abs().amax((1, 2, 3)).min() > 1e-3
 
 
