@@ -259,6 +259,7 @@ def copies(model, data, held_out, T=4):
 BATCH_NORMS = ("every batch", "training images", "500 samples")
 GUIDED = {(s, place): f"guided {s}, {place}" for s in (1.2, 1.6) for place in POSITIONS}
 BOUNDS = {f"bound {bound}": bound for bound in (3.0, 2.0, 1.0)}
+WEAKER = {f"{alpha:g} degrees": alpha for alpha in (40.0, 60.0, 70.0)}          # noise between the steps
 # What is measured of a run: arguments of quality, use_ema of load, and what comes before.
 MEASURES = {
     "": {}, "fixed": {"gamma": 0.0}, "Eq. 13": {"gamma": 1.0, "schedule": "eq13"},
@@ -266,6 +267,7 @@ MEASURES = {
     "fresh, Eq. 13": {"shared": False, "gamma": 1.0, "schedule": "eq13"},
     **{name: {"cfg": s, "position": place} for (s, place), name in GUIDED.items()},
     **{name: {"bound": bound} for name, bound in BOUNDS.items()},
+    **{name: {"alpha": alpha} for name, alpha in WEAKER.items()},
     "plain weights": {"use_ema": False},
     **{how: {"prepare": partial(calibrated, how)} for how in BATCH_NORMS},
     "prior": {"steps": (1,)}, "fitted": {"steps": (1,), "prepare": fitted},
@@ -430,6 +432,10 @@ STUDIES = {
         DEFAULT | of("digits", "Eq. 13", "released", "fresh", "fresh, Eq. 13"),
         less("default", ["Eq. 13", "fresh"], *LATER) + less("fresh", ["fresh, Eq. 13"], *LATER)
         + less("Eq. 13", ["fresh, Eq. 13"], *LATER[1:]), SEVERAL),
+    "sampling-angle": Study(
+        "SE Alg. 1", "noise between the steps is best as strong as in training", "-",
+        "Its noise has the angle of the training, 80 degrees for small images, but where it decays.",
+        DEFAULT | of("digits", *WEAKER), less("default", WEAKER, *LATER), SEVERAL),
     "guidance": Study(
         "SE App. A, Table 8", "guidance improves", "1.65 to 1.41 at 6 steps (CIFAR-10, guidance 1.2)",
         "A little guidance yields a slight improvement.", DEFAULT | of("digits", GUIDED[1.2, "combo"]),
