@@ -124,12 +124,18 @@ def test_every_function_and_test_that_the_readme_names_exists():
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/results.md"])
-def test_every_file_that_a_page_shows_exists(page):
-    paths = re.findall(r"\]\(([^)#:]+)(?:#\w+)?\)", (ROOT / page).read_text())
-    assert len(paths) > 6 or page == "notebooks/results.md"
-    for path in paths:
-        assert (ROOT / page).parent.joinpath(path).exists(), path
+@pytest.mark.parametrize("page", [
+    "README.md", "notebooks/README.md", "notebooks/results.md",
+    *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb")))])
+def test_every_file_and_section_that_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", (ROOT / page).read_text())
+    assert links or page == "notebooks/results.md"
+    for path, section in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.M) if section else ()
+        names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not section or section in names, f"{path}#{section}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
