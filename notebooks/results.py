@@ -4,9 +4,9 @@
     python notebooks/results.py angle hard-cases        # train and measure what these need
     python notebooks/results.py                         # all of it: some three hours on two cores
 
-Writes what is measured so far into results.md, beside this file, above its line of dashes. Runs lie in
-out/results: a finished one is not made again, an interrupted one goes on. One process per core, one thread in
-each, so that numbers do not depend on the number of cores.
+Writes the studies that are complete into results.md, beside this file, above its line of dashes; others stay
+there as they were. Runs lie in out/results: a finished one is not made again, an interrupted one goes on. One
+process per core, one thread in each, so that numbers do not depend on the number of cores.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -677,24 +678,31 @@ def section(name, study):
 
 
 def report():
-    """results.md anew, from the studies that are complete; what stands below its line of dashes stays."""
-    path, done = HERE / "results.md", {name: study for name, study in STUDIES.items() if not missing([name])}
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
-    table = [["paper", "claim", "the paper's number", "here", ""], ["---"] * 5]
-    for name, study in done.items():
-        if study.comparisons:
+    """results.md anew: sections of studies that are complete here, others as they were, and what stands below
+    its line of dashes."""
+    path, cpuinfo = HERE / "results.md", Path("/proc/cpuinfo")
+    cpu = re.search("model name\t: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    old, _, below = path.read_text(encoding="utf-8").partition("\n----\n")
+    was = {part.partition("\n")[0]: "## " + part.strip() for part in old.split("\n## ")[1:]}
+    done = [name for name in STUDIES if not missing([name])]
+    names = [name for name in STUDIES if name in done or name in was]
+    table = ["| paper | claim | the paper's number | here |  |", "| --- | --- | --- | --- | --- |"]
+    for name in names:
+        study = STUDIES[name]
+        if name not in done:
+            table += [line for line in was["What holds here"].splitlines() if f"](#{name}) |" in line]
+        elif study.comparisons:
             label, head, _, other, other_head = study.comparisons[-1]
-            table.append([study.paper, f"[{study.claim}](#{name})", study.number,
-                          f"{label}, {head}: {shown(study, label, head)}; "
-                          f"{other}, {other_head}: {shown(study, other, other_head)}", verdict(study)])
-    orders = [study.rows[a][0] == study.rows[b][0] for study in done.values()
-              for a, _, sign, b, _ in study.comparisons if sign == "<"]
-    parts = [INTRODUCTION.format(count=COUNT, cpu=cpu, torch=torch.__version__, orders=len(orders),
-                                 chance=len(orders) / 20, same=sum(orders)), "## What holds here",
-             "\n".join(f"| {' | '.join(row)} |" for row in table), NOT_TRIED]
-    for name, study in done.items():
-        parts += filter(None, section(name, study))
-    below = path.read_text(encoding="utf-8").partition("\n----\n")[2]
+            table.append(f"| {study.paper} | [{study.claim}](#{name}) | {study.number} | "
+                         f"{label}, {head}: {shown(study, label, head)}; "
+                         f"{other}, {other_head}: {shown(study, other, other_head)} | {verdict(study)} |")
+    orders = [STUDIES[name].rows[a][0] == STUDIES[name].rows[b][0] for name in names
+              for a, _, sign, b, _ in STUDIES[name].comparisons if sign == "<"]
+    parts = [INTRODUCTION.format(count=COUNT, cpu=cpu[1] if cpu else platform.processor(),
+                                 torch=torch.__version__, orders=len(orders), chance=len(orders) / 20,
+                                 same=sum(orders)), "## What holds here", "\n".join(table), NOT_TRIED]
+    for name in names:
+        parts += filter(None, section(name, STUDIES[name])) if name in done else [was[name]]
     path.write_text("\n\n".join(parts) + "\n\n----\n" + below, encoding="utf-8")
 
 

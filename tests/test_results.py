@@ -50,6 +50,17 @@ def test_a_comparison_needs_all_seeds_and_a_claim_all_comparisons(monkeypatch):
         [1, -1, 0], "1 of 3 as claimed, 1 the other way round, 1 undecided")
 
 
+def test_a_report_keeps_what_is_not_measured_here(tmp_path, monkeypatch):
+    page = (ROOT / "notebooks" / "results.md").read_text(encoding="utf-8")
+    (tmp_path / "results.md").write_text(page, encoding="utf-8")
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    monkeypatch.setattr(results, "OUT", tmp_path / "nothing")
+    results.report()
+    again = (tmp_path / "results.md").read_text(encoding="utf-8")
+    start = "## What holds here"                            # what stands before it names the machine
+    assert start in page and page[page.index(start):] == again[again.index(start):]
+
+
 def test_the_vae_minimises_its_evidence_bound_and_samples_the_gaussian_that_was_fitted(tiny):
     with results.settings("VAE, s = 0.3", 0) as preset:
         torch.manual_seed(0)
