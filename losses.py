@@ -59,7 +59,7 @@ def latent_consistency_loss(v, z_again, eps=1e-6):
 
 
 def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0.1), perceptual=None,
-                        swd_weight=0.0, directions=None):
+                        swd_weight=0.0):
     """The objective: one batch through E, f, D and E again, and the weighted sum of Eq. 7-9. SE Eq. 10.
 
     model       SphereEncoder
@@ -70,8 +70,8 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     e           [B, N, d]     Gaussian noise, the same for both
     weights     of WEIGHT_NAMES, in that order; a pass that only zero weights would use is not computed
     perceptual  see pixel_reconstruction_loss
-    swd_weight  of the sliced Wasserstein loss of E(x), a regularisation that the paper tries and drops; it
-                needs directions [L, M]. See sliced_wasserstein_loss
+    swd_weight  of the sliced Wasserstein loss of E(x), a regularisation that the paper tries and drops; its
+                directions are those of e, of at most L images, made orthogonal (assumed)
     returns     loss, {name: unweighted part}; the parts are detached and stay on the device"""
     recon_l1, recon_perceptual, con_l1, con_perceptual, lat_con = weights
     y_clean, y_NOISY, y_noisy, y_again = y if y.ndim == 2 else [y] * 4
@@ -97,6 +97,7 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
 
     loss = sum((weight * parts[name] for name, weight in zip(WEIGHT_NAMES, weights) if weight), zero)
     if swd_weight:
+        directions = orthogonal_directions(e.flatten(1).T)                                       # [L, B]
         parts["swd"] = sliced_wasserstein_loss(z, directions)                                         # C.3
         loss = loss + swd_weight * parts["swd"]
     return loss, {name: part.detach() for name, part in parts.items()}
@@ -215,13 +216,13 @@ class Objective(nn.Module):
         sees = not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3])
         self.perceptual = perceptual_distance(preset.perceptual) if sees else None
 
-    def forward(self, x, y, sigma, sigma_sub, e, directions=None):
+    def forward(self, x, y, sigma, sigma_sub, e):
         """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser."""
         p = self.preset
         if isinstance(self.model, SiT):
             return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance)
         return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual,
-                                   p.swd_weight, directions)
+                                   p.swd_weight)
 
 
 # ---- Perceptual distance -----------------------------------------------------------------------------------

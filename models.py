@@ -13,11 +13,11 @@ import math
 import os
 import re
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from spherify import angle_to_sigma, at_least_float32, spherify
@@ -54,8 +54,10 @@ class SphereEncoder(nn.Module):
     def __init__(self, image_size, patch_size, latent_dim, num_classes, encoder_size, decoder_size,
                  mixer_depth, pixel_head="linear", alpha_max=80.0, encoder_classes=True, batch_norm=False):
         super().__init__()
-        # The keyword arguments, from which a checkpoint rebuilds the model.
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.config = {"image_size": image_size, "patch_size": patch_size, "latent_dim": latent_dim,
+                       "num_classes": num_classes, "encoder_size": encoder_size, "decoder_size": decoder_size,
+                       "mixer_depth": mixer_depth, "pixel_head": pixel_head, "alpha_max": alpha_max,
+                       "encoder_classes": encoder_classes, "batch_norm": batch_norm}    # to rebuild it from
         H, W = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if H % patch_size or W % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
@@ -366,14 +368,14 @@ class SiT(Transformer):
     tokenizer = None                                        # of the latents; see attach
 
     def __init__(self, tokens, token_dim, num_classes, size, alpha_max=85.0):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         grid = tuple(tokens) if isinstance(tokens, (tuple, list)) else (math.isqrt(tokens),) * 2
         if isinstance(tokens, int) and grid[0] ** 2 != tokens:
             raise ValueError(f"tokens must be the number of a square grid, or (h, w); got {tokens}")
         angle_to_sigma(alpha_max)                           # refuses one that cannot be
         width, depth, heads = _size(size, SIT_SIZES)
         super().__init__(grid, width)
-        self.config = config                                # from it a checkpoint rebuilds the model
+        self.config = {"tokens": tokens, "token_dim": token_dim, "num_classes": num_classes, "size": size,
+                       "alpha_max": alpha_max}              # to rebuild it from
         self.num_classes, self.alpha_max = num_classes, alpha_max
         self.latent_shape = (grid[0] * grid[1], token_dim)                            # (N, d)
         self.x_embedder = nn.Linear(token_dim, width)
@@ -452,7 +454,7 @@ class RAE(nn.Module):
 
     def __init__(self, encoder, decoder, mean, var):
         super().__init__()
-        self.encoder, self.decoder, self.grid = encoder, decoder, decoder.grid
+        self.encoder, self.decoder = encoder, decoder
         self.latent_shape = decoder.latent_shape                                            # (N, d)
         self.image_size = (decoder.grid * decoder.patch_size,) * 2
         self.register_buffer("mean", torch.zeros_like(var) if mean is None else mean)
@@ -470,15 +472,15 @@ class RAE(nn.Module):
             encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True, verbose=False)
         except Exception as error:                              # as in pretrained
             hub = torch.hub.get_dir()
-            raise OSError(f"DINOv2 is missing or damaged ({error}); place github.com/facebookresearch/dinov2 "
-                          f"in {hub}/facebookresearch_dinov2_main, and its file "
+            raise OSError(f"DINOv2 is missing or damaged ({error!r}); place github.com/facebookresearch/"
+                          f"dinov2 in {hub}/facebookresearch_dinov2_main, and its file "
                           f"dinov2_vitb14_reg4_pretrain.pth in {hub}/checkpoints") from None
         decoder = RAEDecoder(**RAE_DECODER_SIZE)
         decoder.load_state_dict(convert_rae_decoder(pretrained(*RAE_DECODER)))
         stored = pretrained(*RAE_STATISTICS)                                                # [d, h, w] each
-        mean, var = (value if value is None else value.float().flatten(1).T
-                     for value in (stored.get("mean"), stored["var"]))
-        return cls(encoder, decoder, mean, var)
+        var = stored["var"].float().flatten(1).T
+        mean = stored.get("mean")
+        return cls(encoder, decoder, mean if mean is None else mean.float().flatten(1).T, var)
 
     @torch.no_grad()
     def encode(self, x):
@@ -486,7 +488,7 @@ class RAE(nn.Module):
 
         x        [B, 3, H, W]  image in [-1, 1]; resized to 14 pixels per token if need be
         returns  [B, N, d]     float32"""
-        x = F.interpolate((x + 1) / 2, (14 * self.grid, 14 * self.grid), mode="bicubic")
+        x = F.interpolate((x + 1) / 2, 14 * self.decoder.grid, mode="bicubic")
         features = self.encoder.forward_features((x - self.pixel_mean) / self.pixel_std)
         z = at_least_float32(features["x_prenorm"][:, -len(self.var):])         # no class token, no registers
         return (F.layer_norm(z, z.shape[-1:], eps=1e-6) - self.mean) / (self.var + 1e-5).sqrt()
@@ -608,7 +610,7 @@ def build_model(preset, class_names, latent_shape=None):
     return model
 
 
-def cost(preset, coder_preset=None):
+def cost(preset, num_classes, coder_preset=None):
     """The network of a preset, without weights, and GFLOPs of one image: of its encoding (0 for an RAE, which
     encodes only to train), denoising (0 in a Sphere Encoder) and decoding, and of its sampling in T steps.
     2 for every multiply-add. coder_preset is that of a denoiser's tokenizer, unless it is an RAE."""
@@ -618,7 +620,7 @@ def cost(preset, coder_preset=None):
         return counter.get_total_flops() / 1e9
 
     rae = preset.tokenizer == "rae"
-    classes = range({"flowers102": 102, "animal-faces": 3, "imagenet": 1000}.get(preset.dataset, 10))
+    classes = range(num_classes)
     with torch.device("meta"):
         coder = RAEDecoder(**RAE_DECODER_SIZE) if rae else build_model(coder_preset or preset, classes)
         model = build_model(preset, classes, coder.latent_shape) if preset.tokenizer else coder
@@ -629,19 +631,36 @@ def cost(preset, coder_preset=None):
         f"T = {T}": T * denoise + decode if denoise else T * decode + (T - 1) * encode for T in (1, 2, 4, 6)}
 
 
-def kept_bytes(module, call):
-    """Bytes that a call of a module keeps for its backward pass, its own parameters and buffers aside."""
-    kept = {}
+def parameter_groups(model, encoder_scale, weight_decay):
+    """Groups for an optimizer, of encoder and decoder or of a denoiser: the matrices, which decay, and the
+    rest, which does not. "lr_scale" is encoder_scale for an encoder, else 1."""
+    networks = [(model, 1.0)]
+    if isinstance(model, SphereEncoder):
+        networks = [(model.encoder, encoder_scale), (model.decoder, 1.0)]
+    groups = []
+    for network, scale in networks:
+        for matrices in (True, False):
+            members = [p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == matrices]
+            groups.append({"params": members, "weight_decay": weight_decay * matrices, "lr_scale": scale})
+    return groups
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        call()
-    for own in (*module.parameters(), *module.buffers()):
-        kept.pop(own.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+def take_weights(model, weights):
+    """Load the weights whose name and shape fit; returns how many. Raises ValueError if none does."""
+    own = model.state_dict()
+    fits = {name: tensor for name, tensor in weights.items()
+            if name in own and own[name].shape == tensor.shape}
+    if not fits:
+        raise ValueError("no weights of such a model: --init")
+    model.load_state_dict(fits, strict=False)
+    return len(fits)
+
+
+def compute_again(model):
+    """Compute activations within blocks again in the backward pass, instead of keeping them."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ---- Released weights --------------------------------------------------------------------------------------
@@ -702,9 +721,10 @@ def pretrained(url, file_name=None):
 
     url        ends in -HASH.pth, which a download is checked against; else give the file_name of the cache
     Raises OSError that says which file to place where."""
-    place = Path(torch.hub.get_dir(), "checkpoints", file_name or url.rsplit("/", 1)[1])
     try:
         return torch.hub.load_state_dict_from_url(url, file_name=file_name, check_hash=file_name is None,
                                                   map_location="cpu", weights_only=True)
     except Exception as error:                              # no network, or one of torch.load's many kinds
-        raise OSError(f"{place} is missing or damaged ({error}); place {url} there") from None
+        name = file_name or url.rsplit("/", 1)[1]
+        raise OSError(f"{torch.hub.get_dir()}/checkpoints/{name} is missing or damaged ({error!r}); place "
+                      f"{url} there") from None

@@ -6,10 +6,9 @@
 """
 
 import argparse
-import ast
+import inspect
 import json
 import math
-import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,11 @@ from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, c
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule, truncate_noise
 
 # Where guidance acts, as powers of its scale in latents and in pixels. SE App. C.1.
-POSITIONS = {"encoder": (1, 0), "decoder": (0, 1), "combo": (0.5, 0.5)}
+POSITIONS = {
+    "encoder": (1, 0),
+    "decoder": (0, 1),
+    "combo": (0.5, 0.5),
+}
 MASKS = ("left-right", "top-bottom", "diagonal", "anti-diagonal")           # of a crossover
 
 
@@ -43,7 +46,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, schedule=None, 
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
     alpha     degrees, angle of the noise at r = 1; None is the model's own alpha_max
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
-    schedule  of that decay: "eq13" or "released", see step_schedule; None is the first unless official
+    schedule  of that decay: "eq13" or "released", see step_schedule; None is "eq13", if official "released"
     shared    one noise vector per image for all steps (the paper's best), or a fresh one at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both ("combo"). SE App. C.1
     bound     truncate the noise of the first step to [-bound, bound]. SE App. C.6. Later steps keep the whole
@@ -115,24 +118,40 @@ def _start(model, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, fi
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
     schedule = schedule or ("released" if official else "eq13")
     sigmas = [r * sigma_max for r in step_schedule(steps, gamma, schedule).tolist()]
-    draws = min(steps, 2 if official else 1) if shared else steps
+    draws = steps
+    if shared:
+        draws = min(steps, 2) if official else 1
     if e is None:
         e = sample_noise(seed, first, len(y), model.latent_shape, draws)
-    e = e.to(device).reshape(draws, len(y), *model.latent_shape)[torch.arange(steps).clamp(max=draws - 1)]
+    e = e.to(device).reshape(draws, len(y), *model.latent_shape)
+    e = torch.cat([e, e[-1:].expand(steps - draws, -1, -1, -1)])            # later steps share the last draw
     if bound is not None:
         e[0] = truncate_noise(e[0], bound)
     return y, sigmas, e
 
 
-def sampler(model):
-    """generate or generate_latent, whichever draws from the model, with the defaults of its preset."""
-    return partial(generate_latent if isinstance(model, SiT) else generate, **getattr(model, "sampling", {}))
+def sampler(model, **options):
+    """generate or generate_latent, whichever draws from the model, with the defaults of its preset and these
+    options. Raises ValueError for one that the function does not know."""
+    function = generate_latent if isinstance(model, SiT) else generate
+    return partial(function, **known({**getattr(model, "sampling", {}), **options}, function))
+
+
+def known(options, function):
+    """These options, if a function takes them all. Raises ValueError that names one that it does not take."""
+    unknown = options.keys() - inspect.signature(function).parameters.keys()
+    if unknown:
+        raise ValueError(f"{function.__name__} takes no {min(unknown)}; drop it")
+    return options
 
 
 @torch.no_grad()
 def reconstruct(model, x, y=None):
-    """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. Of a denoiser: D(E(x)) of its tokenizer.
-    x [B, 3, H, W] in [-1, 1] is on the model's device, y [B] or None: the null class, the paper's default."""
+    """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. For a denoiser, D(E(x)) of its tokenizer.
+    x [B, 3, H, W] in [-1, 1], y [B] or None: the null class, the paper's default."""
+    x = x.to(next(model.parameters()).device)
+    if y is not None:
+        y = torch.as_tensor(y, device=x.device)
     if isinstance(model, SiT):
         return model.tokenizer.decode(model.tokenizer.encode(x))
     return model.decode(spherify(model.encode(x, y)), y)
@@ -149,7 +168,7 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=
     mixing   [F, C] weights of the corners' noise in a frame; see line, circle and square
     shares   [F, C] of the corners' class vectors, if they are others
     model, options  as in generate or generate_latent, but for shared and e: a frame has one noise for all of
-             its steps, the corners' mixed and Gaussian again (weights of norm 1: the same point of the sphere)
+             its steps, the corners' mixed and Gaussian again (weights of norm 1: the same point)
     returns  [F, 3, H, W] in [-1, 1]"""
     device = next(model.parameters()).device
     mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
@@ -168,8 +187,8 @@ def line(frames):
 
 
 def circle(frames):
-    """Mixing [frames, 2] once around the great circle through two corners: cosines and sines, whose squares are
-    the shares of the classes. Noise mixed so is Gaussian, and two random points are nearly orthogonal."""
+    """Mixing [frames, 2] once around the great circle through two corners: cosines and sines, whose squares
+    are the shares of the classes. Noise mixed so is Gaussian, and two random points are nearly orthogonal."""
     angle = torch.arange(frames) * (2 * math.pi / frames)
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
@@ -211,8 +230,10 @@ def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma
     edit; returns [T + 1, B, 3, H, W]."""
     if isinstance(mask, str):
         row, column = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in a.shape[-2:]), indexing="ij")
-        mask = dict(zip(MASKS, (column < 0.5, row < 0.5, row > column, row + column < 1)))[mask]
-    mask, y = mask.to(a), [model.num_classes] * len(a) if y is None else y
+        mask = (column < 0.5, row < 0.5, row > column, row + column < 1)[MASKS.index(mask)]
+    if y is None:
+        y = [model.num_classes] * len(a)
+    mask = mask.to(a)
     return edit(model, mask * a + (1 - mask) * b, y, steps, r=r, gamma=gamma, **options)
 
 
@@ -235,47 +256,53 @@ def read_checkpoint(path, key="config"):
     the path, if it is missing, damaged or lacks the key."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {key: checkpoint[key], **checkpoint}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except Exception as error:                              # torch.load knows a dozen kinds
-        why = {FileNotFoundError: "no such file", KeyError: f"it has no {key}"}.get(
-            type(error), "another kind of file, or damaged")
-        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"it holds a {foreign[1]}; as objects can run code, only tensors and plain values are read"
-        raise ValueError(f"{path}: no checkpoint of train.py, nor of the official code with its cfg.json, "
-                         f"--config ({why})") from None
+        raise ValueError(f"{path}: no checkpoint, or damaged; only tensors and plain values are read, since "
+                         f"objects can run code ({str(error).partition('.')[0]})") from None
+    if not isinstance(checkpoint, dict) or key not in checkpoint:
+        raise ValueError(f"{path}: it has no {key}; a checkpoint of train.py has one, the official code's "
+                         f"needs its cfg.json: --config")
+    return checkpoint
 
 
 def load(path, device="cpu", ema=None, config=None):
     """The model of a checkpoint, rebuilt from the file alone (and the RAE's own files, if it needs them).
 
-    path     last.pt or model.pt of train.py; or of the official code, if config is its cfg.json
+    path     last.pt, model.pt or best.pt of train.py; or of the official code, if config is its cfg.json
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
     Raises OSError or ValueError that names the file, and the weights that do not fit."""
     try:
-        if config:
-            key = "ema_model" if ema else "model"
-            settings = convert_official_config(json.loads(Path(config).read_text(encoding="utf-8")))
-            weights = convert_official(read_checkpoint(path, key)[key])
-            names, sampling, tokenizer = [str(k) for k in range(settings["num_classes"])], {}, None
-        else:
-            checkpoint = read_checkpoint(path, "tokenizer")
-            settings, names, tokenizer = (checkpoint[key] for key in ("config", "class_names", "tokenizer"))
-            sampling, use_ema = checkpoint["preset"]["sampling"], checkpoint["preset"]["use_ema"]
-            both = "ema" in checkpoint                      # last.pt; the others hold what the preset chose
-            if not both and ema not in (None, use_ema):
-                raise ValueError(f"{path} has no choice of weights, last.pt does; leave --[no-][use-]ema out")
-            weights = checkpoint["ema" if both and (use_ema if ema is None else ema) else "model"]
-        model = (SiT if tokenizer else SphereEncoder)(**settings)
-        model.load_state_dict(weights)
-        model.class_names, model.sampling = names, sampling
-        if tokenizer:
-            model.attach(load_tokenizer(tokenizer).to(device))
+        stored = read_official(path, config) if config else read_checkpoint(path, "tokenizer")
+        own = stored["preset"]["use_ema"]
+        if ema is None:
+            ema = own
+        if "ema" not in stored and ema != own:
+            raise ValueError(f"{path} has no choice of weights, last.pt does; leave --[no-][use-]ema out")
+        network = SiT if stored["tokenizer"] else SphereEncoder
+        model = network(**stored["config"])
+        model.load_state_dict(stored["ema"] if ema and "ema" in stored else stored["model"])
+        model.class_names, model.preset = stored["class_names"], stored["preset"]
+        model.sampling = model.preset["sampling"]
+        if stored["tokenizer"]:
+            model.attach(load_tokenizer(stored["tokenizer"]).to(device))
         return model.to(device).eval()
     except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{' with '.join(filter(None, (str(path), config)))}: no model can be built from it "
-                         f"({type(error).__name__}: {error})") from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: no model can be built from it and {config or 'its own settings'} "
+                         f"({why})") from None
+
+
+def read_official(path, config):
+    """A checkpoint of the official code and its cfg.json, as if train.py had written it."""
+    stored = read_checkpoint(path, "ema_model")
+    settings = convert_official_config(json.loads(Path(config).read_text(encoding="utf-8")))
+    return {"config": settings, "class_names": [str(k) for k in range(settings["num_classes"])],
+            "preset": {"sampling": {}, "use_ema": False}, "tokenizer": None,
+            "model": convert_official(stored["model"]), "ema": convert_official(stored["ema_model"])}
 
 
 def load_tokenizer(stored):
@@ -291,16 +318,12 @@ def load_tokenizer(stored):
 
 
 def picture(panels, row_names=()):
-    """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image.
-    A row of more than some 1,000 pixels goes on below itself."""
-    font, side = ImageFont.load_default(size=14), max(next(iter(panels.values())).shape[-2:])
-    zoom, grids = max(1, round(48 / side)), {}                                  # small images are enlarged
-    lines = max(math.ceil(images.shape[1] * side * zoom / 1000) for images in panels.values())
-    for title, images in panels.items():
-        width = math.ceil(images.shape[1] / lines)
-        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, width * lines - images.shape[1]), value=1)
-        grids[title] = to_pil(make_grid(images.flatten(0, 1), width, 1, pad_value=1), zoom)
-    left = 12 + int(max((font.getlength(name) for name in row_names), default=0))
+    """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
+    font = ImageFont.load_default(size=14)
+    zoom = max(1, round(48 / max(next(iter(panels.values())).shape[-2:])))      # small images are enlarged
+    grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
+             for title, images in panels.items()}
+    left = 12 + int(max([0, *map(font.getlength, row_names)]))
     widths = [16 + max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]
     height = max(grid.height for grid in grids.values())
     canvas = Image.new("RGB", (left + sum(widths), 34 + height), "white")
@@ -312,22 +335,6 @@ def picture(panels, row_names=()):
         canvas.paste(grid, (left, 26))
         left += width
     return canvas
-
-
-def sphere_picture(points, classes=None):
-    """Points on the unit sphere {title: [n, 3]}, one sphere each, as a matplotlib figure; SE Fig. 7. Of the
-    classes {title: [n]} every one has a colour."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(2.6 * len(points), 2.9))
-    figure.subplots_adjust(0, 0, 1, 0.86, wspace=0)
-    for place, (title, cloud) in enumerate(points.items(), 1):
-        axes = figure.add_subplot(1, len(points), place, projection="3d")
-        colors = {"c": classes[title][:2000] % 10, "cmap": "tab10", "vmin": 0, "vmax": 9} if classes else {}
-        axes.scatter(*cloud[:2000].T, s=3, **colors)                            # paler where further away
-        axes.set(title=f"{title}\n{len(cloud[:2000])} points", xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-        axes.set_box_aspect((1, 1, 1), zoom=1.6)
-        axes.set_axis_off()
-    return figure
 
 
 def image_transform(size):
@@ -364,17 +371,48 @@ def save_image(image, path, **options):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
-def literal(text):
-    """A Python literal such as 1e-4, False or 64,1,4; anything else is a word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def truth(text):
+    """True or False, as a word."""
+    return {"true": True, "false": False}[text.lower()]
 
 
-def name_value(text):
-    name, value = text.split("=", 1)
-    return name, literal(value)
+# What --sampling takes: arguments of generate, generate_latent and edit, and how they are read.
+SAMPLING = {
+    "alpha": float,
+    "gamma": float,
+    "schedule": str,
+    "shared": truth,
+    "position": str,
+    "bound": float,
+    "project_last": truth,
+    "official": truth,
+    "r": float,
+}
+
+
+def sampling_options(words):
+    """NAME=VALUE ... of --sampling, {name: value}."""
+    options = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            options[name] = SAMPLING[name](value)
+        except (KeyError, ValueError):
+            raise ValueError(f"--sampling {word} is none of {', '.join(SAMPLING)} with a value of its "
+                             f"kind") from None
+    return options
+
+
+OPTIONS = {
+    "--checkpoint": ("out/digits/model.pt", "of train.py"),
+    "--out": ("out/samples", "folder for WORD.png"),
+    "--seed": (0, "image i is a function of (seed, i) alone"),
+    "--steps": (4, "T of Algorithm 1, or passes of an edit"),
+    "--cfg": (1.0, "guidance scale, 1 = off"),
+    "--count": (80, "generate: number of images"),
+    "--batch-size": (100, "generate: images at a time"),
+    "--frames": (8, "interpolate: images per line, circle or side"),
+}
 
 
 @errors_in_one_line("sample.py")
@@ -383,118 +421,133 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("word", nargs="?", choices=WORDS, default="generate", metavar="WORD",
-        help="%(default)s if none; " + "; ".join(f"{word}: {draw.__doc__}" for word, draw in WORDS.items()))
-    add("--checkpoint", default="out/digits/model.pt", help="of train.py (%(default)s)")
-    add("--config", help="cfg.json of the official code, for a checkpoint of its own")
+        help="generate, if none: images from random points, SE and SLE Alg. 1; reconstruct: one trip through "
+        "encoder and decoder; interpolate: between random points, SE Fig. 6; crossover: of two images, SE "
+        "Fig. 9; manipulate: one image to each of several classes, SE Fig. 8")
+    for flag, (default, help) in OPTIONS.items():
+        add(flag, type=type(default), default=default, help=f"{help} (%(default)s)")
+    add("--config", metavar="FILE", help="cfg.json of the official code, for a checkpoint of its own")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (as the preset says)")
-    add("--out", type=Path, default="out/samples", help="folder for WORD.png (%(default)s)")
     add("--singles", nargs="?", choices=("png", "npz"), const="png", help="also write every image, into "
         "OUT/images/, or all into OUT/images.npz, as fid.py and other tools read it")
-    add("--seed", type=int, default=0, help="image i is a function of (seed, i) alone (%(default)s)")
-    add("--steps", type=int, default=4, help="T of Algorithm 1, or passes of an edit (%(default)s)")
-    add("--cfg", type=float, default=1.0, help="guidance scale, 1 = off (%(default)s)")
-    add("--sampling", type=name_value, nargs="+", default=[], metavar="NAME=VALUE", help="other arguments of "
-        "generate, generate_latent, edit: gamma schedule shared alpha position bound project_last official r")
+    add("--sampling", nargs="+", default=[], metavar="NAME=VALUE",
+        help=f"other arguments of generate, generate_latent, edit: {' '.join(SAMPLING)}")
     add("--classes", nargs="+", metavar="K", help="in turn: names, null, or numbers that are no names (all; "
         "reconstruct, crossover: null)")
-    add("--count", type=int, default=80, help="generate: number of images (%(default)s)")
-    add("--batch-size", type=int, default=100, help="generate: images at a time (%(default)s)")
     add("--way", choices=WAYS, default="line", help="interpolate: two random points, once around the great "
         "circle through two, or four corners of a square (%(default)s)")
-    add("--frames", type=int, default=8, help="interpolate: images per line, circle or side (%(default)s)")
     add("--gif", action="store_true", help="interpolate: also as an animation, of a line there and back")
     add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
-    add("--mask", default=MASKS[0], help=f"crossover: {', '.join(MASKS)}, or an image, white where the first "
-        "image is taken (%(default)s)")
+    add("--mask", choices=MASKS, default=MASKS[0],
+        help="crossover: where the first image is taken (%(default)s)")
     add("--device", help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     if min(args.steps, args.count, args.batch_size, args.frames) < 1:
         raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
-    singles, args.arrays = args.out / ("images.npz" if args.singles == "npz" else "images"), []
-    if args.singles and (singles.is_file() or any(singles.glob("*"))):
-        raise ValueError(f"{singles} holds images; choose another --out, or remove them")
+    out = Path(args.out)
+    args.written, args.arrays = out / "images", []
+    if args.singles == "npz":
+        args.written = out / "images.npz"
+    if args.singles and (args.written.is_file() or any(args.written.glob("*"))):
+        raise ValueError(f"{args.written} holds images; choose another --out, or remove them")
+
     model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
-    names = [*model.class_names, "null"]
-    numbers = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
-    if unknown := set(args.classes or ()) - {*numbers}:
-        raise ValueError(f"--classes knows {', '.join(f'{k} = {name}' for k, name in enumerate(names))}, "
-                         f"not {min(unknown)}")
-    args.classes = args.classes and [numbers[name] for name in args.classes]
-    how = dict(cfg=args.cfg, seed=args.seed, **dict(args.sampling))
+    args.names = [*model.class_names, "null"]
+    if args.classes:
+        args.classes = [class_number(args.names, word) for word in args.classes]
+    how = {"cfg": args.cfg, "seed": args.seed, **sampling_options(args.sampling)}
+    args.title = ", ".join(f"{name} = {value}" for name, value in {"T": args.steps, **how}.items())
     panels, rows = WORDS[args.word](args, model, how)       # only then a folder: a mistake leaves none
-    settings = ", ".join(f"{name} = {value}" for name, value in {"T": args.steps, **how}.items())
-    drawn = picture({title or settings: images for title, images in panels.items()}, rows)
-    save_image(drawn, args.out / f"{args.word}.png")
+    path = out / f"{args.word}.png"
+    save_image(picture(panels, rows), path)
     if args.arrays:
-        with whole_file(singles, overwrite=False) as file:
+        with whole_file(args.written, overwrite=False) as file:
             np.savez(file, arr_0=torch.cat(args.arrays).numpy())
-    chosen = ", ".join(f"{k} = {names[k]}" for k in dict.fromkeys(args.classes or ()))
-    print(f"{args.out / args.word}.png" + f" and {singles}" * bool(args.singles), chosen)
+    print(path, args.written if args.singles else "", *(args.names[k] for k in args.classes or ()))
+
+
+def class_number(names, word):
+    """The number of a class that is called by its name or, if no class has that name, by its number."""
+    if word in names:
+        return names.index(word)
+    if word in map(str, range(len(names))):
+        return int(word)
+    raise ValueError(f"--classes knows {', '.join(names)} or their numbers from 0, not {word}")
 
 
 def draw_samples(args, model, how):
-    """images from random points, SE and SLE Alg. 1"""
+    """Images from random points. SE and SLE Alg. 1."""
+    draw = sampler(model, **how)
     classes, shown = args.classes or range(max(model.num_classes, 1)), []
     y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
     for first in tqdm(range(0, args.count, args.batch_size), unit="batch", disable=None):
-        x = sampler(model)(model, y[first:first + args.batch_size], args.steps, first=first, **how)
+        x = draw(model, y[first:first + args.batch_size], args.steps, first=first)
         write_singles(args, x, first)
         shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable
-    few = 1 < len(classes) <= 16                                                    # then a row per class
-    columns = min(len(classes), len(shown)) if few else math.ceil(math.sqrt(len(shown)))
+    by_class = 1 < len(classes) <= 16                                               # then a row per class
+    columns = min(len(classes), len(shown)) if by_class else math.ceil(math.sqrt(len(shown)))
     shown += [torch.ones_like(shown[0])] * (-len(shown) % columns)                  # white fills the grid
     images = torch.stack(shown).unflatten(0, (-1, columns))
-    images = images.transpose(0, 1) if few else images                              # [rows, columns, 3, H, W]
-    names = [[*model.class_names, "null"][k] for k in classes[:columns]] if few and model.num_classes else []
-    return {"": images}, names
+    if not by_class:
+        return {args.title: images}, []
+    images = images.transpose(0, 1)                                                 # [rows, columns, 3, H, W]
+    return {args.title: images}, [args.names[k] for k in classes[:columns]]
 
 
 def draw_reconstructions(args, model, how):
-    """images, and what one trip through encoder and decoder makes of them"""
-    x = open_images(args.images, model.image_size).to(next(model.parameters()).device)
-    again = reconstruct(model, x, args.classes and torch.tensor(args.classes[:1] * len(x), device=x.device))
+    """Images, and what one trip through encoder and decoder makes of them."""
+    x = open_images(args.images, model.image_size)
+    again = reconstruct(model, x, args.classes and args.classes[:1] * len(x))
     write_singles(args, again)
-    return {" ": torch.stack([x, again])}, ["original", "reconstruction"]
+    return {" ": torch.stack([x, again.cpu()])}, ["original", "reconstruction"]
 
 
 def draw_interpolations(args, model, how):
-    """images between random points, their classes mixed too, SE Fig. 6"""
+    """Images between random points, their classes mixed too. SE Fig. 6."""
+    if "shared" in how:
+        raise ValueError("interpolate takes no shared; drop it")
     classes = args.classes or range(max(model.num_classes, 1))
     mixing = WAYS[args.way](args.frames)
-    corners, shares = mixing.shape[1], mixing.square() if args.way == "circle" else mixing
-    y = [classes[k % len(classes)] for k in range(4 if corners == 4 else max(10, len(classes) // 2 * 2))]
+    shares = mixing.square() if args.way == "circle" else mixing
+    corners = mixing.shape[1]
+    count = 4 if corners == 4 else max(10, len(classes) // 2 * 2)
+    y = [classes[k % len(classes)] for k in range(count)]
     x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, shares=shares, first=k, **how)
-                   for k in range(0, len(y), corners)])                                 # [rows * F, 3, H, W]
+                   for k in range(0, count, corners)])                                  # [rows * F, 3, H, W]
     write_singles(args, x)
     x = x.unflatten(0, (-1, args.frames))                                           # [rows, frames, 3, H, W]
     if args.gif:
-        columns = next(c for c in range(math.ceil(math.sqrt(len(x))), len(x) + 1) if len(x) % c == 0)
-        large = F.interpolate(x.flatten(0, 1), scale_factor=max(1, round(64 / max(model.image_size))),
-                              mode="bicubic").unflatten(0, (-1, args.frames))
-        frames = [to_pil(make_grid(images, columns, pad_value=1)) for images in large.transpose(0, 1)]
-        back = [] if args.way == "circle" else frames[-2:0:-1]
-        save_image(frames[0], args.out / "interpolate.gif", save_all=True, duration=80, loop=0,
-                   append_images=frames[1:] + back)
-    ends = [[*model.class_names, ""][k] for k in y]
-    return {"": x}, [f"{a} to {b}" for a, b in zip(ends[::2], ends[1::2])] if corners == 2 and ends[0] else []
+        zoom = max(1, round(64 / max(model.image_size)))
+        frames = []
+        for images in x.transpose(0, 1):
+            large = F.interpolate(images, scale_factor=zoom, mode="bicubic")
+            frames.append(to_pil(make_grid(large, 5, pad_value=1)))
+        if args.way != "circle":
+            frames += frames[-2:0:-1]                                                   # and back
+        save_image(frames[0], Path(args.out, "interpolate.gif"), save_all=True, duration=80, loop=0,
+                   append_images=frames[1:])
+    if corners == 4 or not model.num_classes:
+        return {args.title: x}, []
+    names = [args.names[k] for k in y]
+    return {args.title: x}, [f"{a} to {b}" for a, b in zip(names[::2], names[1::2])]
 
 
 def draw_edits(args, model, how):
-    """crossover of two images, SE Fig. 9; manipulation of one to each of several classes, SE Fig. 8"""
-    crosses, size = args.word == "crossover", model.image_size
+    """Crossover of two images, SE Fig. 9; manipulation of one to each of several classes, SE Fig. 8."""
+    crosses = args.word == "crossover"
     if len(args.images) != 1 + crosses or not crosses and not model.num_classes:
         raise ValueError("crossover needs two --images, manipulate one, and a model with classes")
-    classes, images = args.classes or range(model.num_classes), open_images(args.images, size)
-    mask = args.mask if args.mask in MASKS else (open_images([args.mask], size)[0].mean(0) + 1) / 2
+    how = known(how, edit)
+    classes, images = args.classes or range(model.num_classes), open_images(args.images, model.image_size)
     if crosses:
-        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, mask, **how)
+        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, args.mask, **how)
+        panels, names = {"A and B": images[None], "stitched": x[:1].transpose(0, 1)}, []
     else:
         x = manipulate(model, images[0], classes, args.steps, **how)
-    x = x.transpose(0, 1)                                                               # [B, T + 1, 3, H, W]
-    write_singles(args, x[:, 1:].flatten(0, 1))
-    panels = {"A and B": images[None]} if crosses else {}
-    panels |= {"stitched" if crosses else "image": x[:, :1], f"after 1 to {args.steps} passes": x[:, 1:]}
-    return panels, [] if crosses else [[*model.class_names, "null"][k] for k in classes]
+        panels, names = {"image": x[:1].transpose(0, 1)}, [args.names[k] for k in classes]
+    passes = x[1:].transpose(0, 1)                                                          # [B, T, 3, H, W]
+    write_singles(args, passes.flatten(0, 1))
+    return {**panels, f"after 1 to {args.steps} passes": passes}, names
 
 
 def write_singles(args, images, first=0):
@@ -502,7 +555,7 @@ def write_singles(args, images, first=0):
         args.arrays.append(to_uint8((images + 1) / 2).permute(0, 2, 3, 1).cpu())
     elif args.singles:
         for i, image in enumerate(images, first):
-            save_image(to_pil(image), args.out / "images" / f"{i:06d}.png")
+            save_image(to_pil(image), args.written / f"{i:06d}.png")
 
 
 WORDS = {"generate": draw_samples, "reconstruct": draw_reconstructions, "interpolate": draw_interpolations,

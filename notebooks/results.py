@@ -1,6 +1,6 @@
 """Findings of both papers, tried on small real digits with three seeds.
 
-    python notebooks/results.py --list                  # the studies, and how many of their runs are done
+    python notebooks/results.py --list                  # the studies, and what they lack
     python notebooks/results.py angle hard-cases        # train and measure what these need
     python notebooks/results.py                         # all of it: some three hours on two cores
 
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
+from timeit import timeit
 from unittest import mock
 
 import torch
@@ -34,12 +35,11 @@ sys.path.insert(0, str(HERE.parent))
 
 import spherify as sphere  # noqa: E402
 import train as training  # noqa: E402
-from fid import nearest_neighbours, pixel_features, to_uint8, whole_file  # noqa: E402
-from losses import (WEIGHT_NAMES, orthogonal_directions, pixel_reconstruction_loss,  # noqa: E402
-                    sliced_wasserstein_loss)
+from fid import nearest_neighbours, pixel_features, whole_file  # noqa: E402
+from losses import orthogonal_directions, pixel_reconstruction_loss, sliced_wasserstein_loss  # noqa: E402
 from models import SphereEncoder, cost  # noqa: E402
 from sample import POSITIONS, load, read_checkpoint, sampler, to_float  # noqa: E402
-from train import PRESETS, gathered, load_data, quality, seeded  # noqa: E402
+from train import PRESETS, Samples, gathered, load_data, logged, quality, seeded  # noqa: E402
 
 SEEDS, COUNT, OUT = (0, 1, 2), 2000, Path("out/results")
 STEPS = (1, 2, 4, 6)
@@ -85,10 +85,9 @@ def autoencoder_loss(model, x, y, sigma, sigma_sub, e, *unused):
     """Smooth L1, which is Gaussian, and the divergence from N(0, I) on its scale: the evidence bound."""
     center, logvar = model.posterior(x, y[0])
     z = center + (logvar / 2).exp() * e * (model.s > 0)
-    l1, zero = pixel_reconstruction_loss(model.decode(z, y[2]), x)
+    l1, _ = pixel_reconstruction_loss(model.decode(z, y[2]), x)
     divergence = (center.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean() / 2
-    parts = dict.fromkeys(WEIGHT_NAMES, zero) | {"recon_l1": l1.detach()}
-    return l1 + model.s**2 * divergence / x[0].numel(), parts
+    return l1 + model.s**2 * divergence / x[0].numel(), {"recon_l1": l1.detach()}
 
 
 def without_sphere(s):
@@ -98,8 +97,8 @@ def without_sphere(s):
             "train.reconstruct": lambda model, x, y=None: SphereEncoder.decode(model, model.encode(x, y), y)}
 
 
-# name: (preset, what differs from it, what stands in place of a name of the code; a number is that of
-# without_sphere). A tokenizer is the run of that name with the same seed.
+# name: (preset, what differs from it, what stands in place of a name of the code). A tokenizer is the run of
+# that name with the same seed.
 ALONE = (1.0, 0.0, 0.0, 0.0, 0.0)
 ANGLES = {f"{alpha} degrees": float(alpha) for alpha in (0, 30, 45, 60, 70, 75, 80, 85)}
 DEVIATIONS = {f"VAE, s = {s}" if s else "autoencoder": s for s in (0.0, 0.1, 0.3, 1.0)}
@@ -134,7 +133,7 @@ RUNS = {name: ("digits", changes, {}) for name, changes in {
         math.prod(grid), width)}),
     "no final RMSNorm": ("digits", {}, {
         "models.Mixer.forward": lambda self, x: nn.Sequential(*self.blocks)(x)}),
-    **{name: ("digits", {}, s) for name, s in DEVIATIONS.items()},
+    **{name: ("digits", {}, without_sphere(s)) for name, s in DEVIATIONS.items()},
     "tokenizer": ("digits-tokenizer", {}, {}),
     "16-token tokenizer": ("digits-tokenizer", {"patch_size": 4, "latent_dim": 8}, {}),
     "digits-latent": ("digits-latent", {"tokenizer": "tokenizer"}, {}),
@@ -172,7 +171,7 @@ def settings(run, seed):
     if changes.get("tokenizer"):
         preset = replace(preset, tokenizer=str(folder(changes["tokenizer"], seed) / "last.pt"))
     with contextlib.ExitStack() as stack:
-        for target, new in (without_sphere(replaced) if isinstance(replaced, float) else replaced).items():
+        for target, new in replaced.items():
             stack.enter_context(mock.patch(target, new))
         yield preset
 
@@ -180,7 +179,7 @@ def settings(run, seed):
 def command(run, measure, study):
     """The commands of a row of seed 0, or None if options cannot say it."""
     (name, changes, replaced), arguments = RUNS[run], MEASURES[measure]
-    if replaced != {} or callable(arguments) or "prepare" in arguments:
+    if replaced or callable(arguments) or "prepare" in arguments:
         return None
     if "tokenizer" in changes:
         changes = {**changes, "tokenizer": folder(changes["tokenizer"], 0) / "last.pt"}
@@ -249,15 +248,20 @@ def copies(model, data, held_out, T=4):
     to the next one; the same of held-out images."""
     x = data[range(len(data))][0]
     real = pixel_features(torch.cat([x, x.flip(-1)]))
-    samples = gathered(range(COUNT), lambda part: to_uint8(
-        (sampler(model)(model, [i % 10 for i in part], T, first=part[0]) + 1) / 2))
     rows = {}
-    for name, images in (("samples", samples), ("held-out", held_out[range(len(held_out))][0])):
-        distance, place = nearest_neighbours(pixel_features(images), real, 3)
+    for name, images in {"samples": Samples(model, COUNT, steps=T), "held-out": held_out}.items():
+        features = torch.cat(gathered(range(len(images)), lambda part: pixel_features(images[part][0])))
+        distance, place = nearest_neighbours(features, real, 3)
         other = torch.where(place[:, 1] % len(x) == place[:, 0] % len(x), 2, 1)[:, None]
         ratio = distance[:, 0] / distance.gather(1, other)[:, 0].clamp(min=1e-12)
         rows[name] = {"copies": (ratio < 1 / 3).double().mean().item(), "lowest ratio": ratio.min().item()}
     return rows
+
+
+def timed(model, data, held_out):
+    """Milliseconds per image of five batches of 100, after one that is not timed."""
+    draws = {T: partial(sampler(model), model, torch.arange(100) % 10, T) for T in STEPS}
+    return {"ms per image": {f"T = {T}": 2 * timeit(draw, draw, number=5) for T, draw in draws.items()}}
 
 
 BATCH_NORMS = ("every batch", "training images", "500 samples")
@@ -276,7 +280,7 @@ MEASURES = {
     **{how: {"prepare": partial(calibrated, how)} for how in BATCH_NORMS},
     "prior": {"steps": (1,)}, "fitted": {"steps": (1,), "prepare": fitted},
     "297 samples": {"count": 297}, "1,000 samples": {"count": 1000}, "4,000 samples": {"count": 4000},
-    "time": {"count": 500}, "uniformity": uniformity, "copies": copies,
+    "time": timed, "uniformity": uniformity, "copies": copies,
 }
 
 
@@ -299,10 +303,9 @@ def work(run, seed, wanted):
         data, held_out, _ = load_data(preset)
         for name in wanted:
             arguments = MEASURES[name]
-            options = {} if callable(arguments) else dict(arguments)
+            measure, options = (arguments, {}) if callable(arguments) else (judged, dict(arguments))
             model = load(out / "last.pt", ema=options.pop("use_ema", None))
-            measure = arguments if callable(arguments) else partial(judged, **options)
-            rows = measure(model, data, held_out)
+            rows = measure(model, data, held_out, **options)
             with whole_file(measured_file(run, seed, name)) as whole:
                 whole.write(json.dumps(rows).encode())
 
@@ -607,8 +610,7 @@ def values(study, label, head):
     if row == "MFLOPs":
         return [counted(run).get(column)] * len(SEEDS)
     if row == "log":
-        logs = [(folder(run, seed) / "log.jsonl").read_text().splitlines() for seed in SEEDS]
-        return [max(json.loads(line)[column] for line in lines) for lines in logs]
+        return [max(line[column] for line in logged(folder(run, seed) / "log.jsonl")) for seed in SEEDS]
     found = [json.loads(measured_file(run, seed, measure).read_text()) for seed in SEEDS]
     found = [rows.get(row, {}).get(column) for rows in found]
     return None if None in found else found
@@ -619,7 +621,7 @@ def counted(run):
     """Parameters, and MFLOPs of an image by T; 2 for every multiply-add."""
     preset, tokenizer = (replace(PRESETS[RUNS[name][0]], **RUNS[name][1]) if name else None
                          for name in (run, RUNS[run][1].get("tokenizer")))
-    model, flops = cost(preset, tokenizer)
+    model, flops = cost(preset, 10, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     return {T: 1000 * value for T, value in flops.items()} | {"parameters": parameters}
 
@@ -676,8 +678,7 @@ def section(name, study):
 
 
 def report():
-    """results.md anew: sections of studies that are complete here, others as they were, and what stands below
-    its line of dashes."""
+    """results.md anew: studies that are complete here; all others, and below its dashes, as it was."""
     path, cpuinfo = HERE / "results.md", Path("/proc/cpuinfo")
     cpu = re.search("model name\t: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     old, _, below = path.read_text(encoding="utf-8").partition("\n----\n")
@@ -763,12 +764,12 @@ def main():
     if unknown := {*args.studies} - {*STUDIES}:
         parser.error(f"no study is called {min(unknown)}; there are {', '.join(STUDIES)}")
     names = args.studies or [*STUDIES]
-    for name in names if args.list else ():
-        study, lacks = STUDIES[name], missing([name])
-        trainings = sum(not (folder(*key) / "done").exists() for key in lacks)
-        print(f"{name:20}{trainings:3} of {3 * len({run for run, _ in study.rows.values()}):2} trainings and "
-              f"{sum(map(len, lacks.values())):2} of {3 * len(study.rows):2} measures missing; {study.claim}")
     if args.list:
+        for name in names:
+            study, lacks = STUDIES[name], missing([name])
+            trainings = sum(not (folder(*key) / "done").exists() for key in lacks)
+            print(f"{name:20}{trainings:3} trainings and {sum(map(len, lacks.values())):2} of "
+                  f"{3 * len(study.rows):2} measures missing; {study.claim}")
         return
     os.environ["OMP_NUM_THREADS"] = "1"                     # of the processes to come
     todo = {key: [name for name in measures if name != "time"] for key, measures in missing(names).items()}

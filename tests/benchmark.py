@@ -47,14 +47,13 @@ def system(name):
         tokenizer = RAE(None, RAEDecoder(**RAE_DECODER_SIZE), None, torch.ones(256, 768)).to(DEVICE)
     elif preset.tokenizer:
         tokenizer = SphereTokenizer(build_model(PRESETS[preset.tokenizer], classes)).to(DEVICE)
-    model, ema, optimizer = build(preset, classes, tokenizer, 0, DEVICE, None, 0)
+    model, ema, optimizer = build(preset, classes, tokenizer, 0, DEVICE, None)
     images = (torch.randn(batch, 2, *model.latent_shape) if tokenizer
               else torch.randint(256, (batch, 3, *model.image_size), dtype=torch.uint8))
     labels = torch.arange(batch) % 10
     parts = {"inputs": lambda n: inputs(replace(preset, batch_size=n), model, images[:n], labels[:n], 0, 0),
              "clipping": lambda n: nn.utils.clip_grad_norm_(model.parameters(), CLIP),
-             "optimizer": lambda n: optimizer.step(),
-             "EMA": lambda n: update_ema(ema, model, preset.ema, 0)}
+             "optimizer": lambda n: optimizer.step(), "EMA": lambda n: update_ema(ema, model, preset.ema, 0)}
 
     def step(n, objective=wrapped(model, preset, DEVICE, False, False)):
         optimizer.zero_grad()

@@ -23,8 +23,8 @@ from models import SiT, SphereEncoder, SphereTokenizer  # noqa: E402
 from train import PRESETS, train  # noqa: E402
 
 train_module.LOG_EVERY = 2              # tiny runs within this process have several lines and checkpoints
-TINY = replace(PRESETS["digits"], patch_size=4, encoder_size=(16, 1, 2), decoder_size=(16, 1, 2), latent_dim=4,
-               batch_size=8, iterations=6, warmup=0.3333)
+TINY = replace(PRESETS["digits"], patch_size=4, encoder_size=(16, 1, 2), decoder_size=(16, 1, 2),
+               latent_dim=4, batch_size=8, iterations=6, warmup=0.3333)
 TINY_FLAGS = ("--patch-size 4 --encoder-size 16,1,2 --decoder-size 16,1,2 --latent-dim 4 --batch-size 8 "
               "--iterations 6 --warmup 0.3333").split()
 
@@ -124,7 +124,7 @@ def hub(tmp_path, monkeypatch):
     torch.save({name: seeded_array(name, tuple(t.shape)) for name, t in network.state_dict().items()},
                files / "dinov2_vitb14_reg4_pretrain.pth")
     torch.save(weights, files / models.RAE_DECODER[1])
-    torch.save({"mean": None, "var": torch.from_numpy(golden["latent_var"])}, files / models.RAE_STATISTICS[1])
+    torch.save({"mean": None, "var": torch.tensor(golden["latent_var"])}, files / models.RAE_STATISTICS[1])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(models, "RAE_DECODER_SIZE", dict(token_dim=32, grid=4, width=48, depth=2, heads=4,
                                                          mlp_hidden=96))
@@ -164,7 +164,7 @@ TINY_LATENT = replace(PRESETS["digits-latent"], denoiser_size=(16, 1, 2), batch_
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """The checkpoint of a tiny unconditional Sphere Encoder on digits: 16 tokens of 4 channels."""
-    preset = replace(TINY, conditional=False, alpha_max=45.0, alpha_hard=0.0, weights=(1.0, 0.0, 0.0, 0.0, 0.0))
+    preset = replace(TINY, conditional=False, alpha_max=45, alpha_hard=0, weights=(1.0, 0.0, 0.0, 0.0, 0.0))
     return train(preset, tmp_path_factory.mktemp("tokenizer") / "run", seed=4, device="cpu")
 
 

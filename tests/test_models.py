@@ -1,7 +1,6 @@
 import ast
 import inspect
 import math
-import shutil
 from collections import Counter
 from unittest.mock import Mock
 from urllib.error import URLError
@@ -15,21 +14,25 @@ from conftest import (ROOT, TINY, TINY_LATENT, released_rae_decoder, seeded_arra
                       with_seeded_weights)
 from models import (RAE, RAE_DECODER, RAE_DECODER_SIZE, RAE_STATISTICS, SIT_SIZES, SIZES, ConvHead,
                     LinearHead, Mixer, RAEDecoder, SiT, SphereEncoder, SphereTokenizer, apply_rope,
-                    convert_official, convert_official_config, convert_rae_decoder, rope_table, sincos_table)
+                    build_model, convert_official, convert_official_config, convert_rae_decoder, rope_table,
+                    sincos_table)
 from spherify import spherify
-from train import wrapped
+from train import DATA_SETS, PRESETS, wrapped
 
-IMAGE = (256, 8)
-PUBLISHED = {   # name: (arguments, parameters with the frozen position tables, tensors)
-    "animal-faces-l": ((*IMAGE, 128, 0, "large", "large", 4), 642_148_324, 591),
-    "flowers-l": ((*IMAGE, 128, 102, "large", "large", 4), 948_844_516, 695),
-    "imagenet-l": ((*IMAGE, 64, 1000, "large", "large", 4), 950_354_532, 695),
-    "imagenet-xl": ((*IMAGE, 64, 1000, "xlarge", "xlarge", 4), 1_388_922_404, 791),
-    "cifar10-l": ((32, 2, 8, 10, "large", "large", 2, "conv"), 921_569_387, 649),
-    "cifar10-l-uncond": ((32, 2, 8, 0, "large", "large", 2, "conv"), 615_061_611, 545),
-    "cifar10-base": ((32, 2, 8, 10, "base", "base", 2, "conv"), 263_818_155, 361),
-    "imagenet-base": ((*IMAGE, 64, 1000, "base", "base", 4), 287_914_916, 407),
-}
+PUBLISHED = {   # preset: parameters with the frozen position tables, tensors; SiT-B's are predicted
+    "animal-faces": (642_148_324, 591), "flowers102": (948_844_516, 695), "imagenet-l": (950_354_532, 695),
+    "imagenet-xl": (1_388_922_404, 791), "cifar10": (921_569_387, 649), "cifar10-uncond": (615_061_611, 545),
+    "cifar10-base": (263_818_155, 361), "imagenet-base": (287_914_916, 407),
+    "imagenet-latent": (675_160_896, 401), "animal-faces-latent": (130_086_144, 177),
+    "flowers102-latent": (130_162_176, 177)}
+
+
+def network(preset):
+    """The network of a preset, without weights."""
+    preset = PRESETS[preset]
+    _, classes = DATA_SETS[preset.dataset]
+    with torch.device("meta"):
+        return build_model(preset, range(classes), (256, 768))
 
 
 def images(model, batch, seed=0):
@@ -43,13 +46,12 @@ def latents(model, batch, seed=0):
 # ---- the released system ----
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "rae"])
 def test_parameter_counts_are_exactly_those_of_the_released_code(name):
-    arguments, parameters, tensors = PUBLISHED[name]
     with torch.device("meta"):
-        model = SphereEncoder(*arguments)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert len(model.state_dict()) == tensors
+        tensors = (RAEDecoder(**RAE_DECODER_SIZE) if name == "rae" else network(name)).state_dict().values()
+    published = (sum(tensor.numel() for tensor in tensors), len(tensors))
+    assert published == {**PUBLISHED, "rae": (415_352_704, 456)}[name]
 
 
 @pytest.mark.parametrize("size", [*SIZES, *SIT_SIZES])
@@ -135,18 +137,16 @@ def released_layout(model):
     return shapes if linear else shapes | head
 
 
-TINY_RELEASED = {
-    "linear": (32, 8, 5, 3, (16, 2, 2), (24, 3, 2), 2),
+TINY_RELEASED = {"linear": (32, 8, 5, 3, (16, 2, 2), (24, 3, 2), 2),
     "conv": (16, 4, 5, 3, (16, 2, 2), (24, 1, 2), 1, "conv"),
     "unconditional": (16, 4, 5, 0, (16, 1, 2), (24, 2, 2), 1),
-    "no-mixers": (16, 4, 5, 3, (16, 1, 2), (16, 1, 2), 0),
-}
+    "no-mixers": (16, 4, 5, 3, (16, 1, 2), (16, 1, 2), 0),}
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *TINY_RELEASED])
+@pytest.mark.parametrize("name", [*TINY_RELEASED, *(name for name in PUBLISHED if "latent" not in name)])
 def test_the_released_layout_of_every_size_is_converted(name):
     with torch.device("meta"):
-        model = SphereEncoder(*(PUBLISHED[name][0] if name in PUBLISHED else TINY_RELEASED[name]))
+        model = SphereEncoder(*TINY_RELEASED[name]) if name in TINY_RELEASED else network(name)
         weights = {key: torch.empty(shape) for key, shape in released_layout(model).items()}
     converted, expected = convert_official(weights), model.state_dict()
     assert {k: t.shape for k, t in converted.items()} == {k: t.shape for k, t in expected.items()}
@@ -161,20 +161,17 @@ def released(name="linear"):
     return model, weights
 
 
-@pytest.mark.parametrize("name", TINY_RELEASED)
-def test_converted_weights_load_and_each_stands_in_its_place(name):
+@pytest.mark.parametrize("name, places", [
+    ("conv", {"encoder.blocks.0.mlp.w12.weight": "encoder.blocks.0.mlp.w12.weight",
+              "decoder.x_embedder.1.blocks.0.tok_mixer.2.weight":
+              "decoder.x_embedder.1.blocks.0.tok_mixer.mix.2.weight",
+              "decoder.x_embedder.1.blocks.0.alpha2": "decoder.x_embedder.1.blocks.0.alpha2",
+              "decoder.out.conv.bias": "decoder.out.2.bias",
+              "decoder.out.upsample.weight": "decoder.out.4.weight"}),
+    ("no-mixers", {"decoder.x_embedder.0.weight": "decoder.x_embedder.weight"})])
+def test_converted_weights_load_and_each_stands_in_its_place(name, places):
     model, weights = released(name)
     model.load_state_dict(convert_official(weights))
-    places = {"encoder.blocks.0.mlp.w12.weight": "encoder.blocks.0.mlp.w12.weight",
-              "decoder.out.conv.bias": "decoder.out.2.bias"}
-    if name == "no-mixers":
-        places["decoder.x_embedder.0.weight"] = "decoder.x_embedder.weight"
-    else:
-        mixer = "decoder.x_embedder.1.blocks.0."
-        places[mixer + "tok_mixer.2.weight"] = mixer + "tok_mixer.mix.2.weight"
-        places[mixer + "alpha2"] = mixer + "alpha2"
-    if name == "conv":
-        places["decoder.out.upsample.weight"] = "decoder.out.4.weight"
     for ours, theirs in places.items():
         assert model.get_parameter(ours).equal(weights[theirs])
 
@@ -193,10 +190,9 @@ def test_wrappers_stray_buffers_old_gates_and_short_floats_are_understood():
     model.load_state_dict(converted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_floats_are_cast_and_their_rounded_tables_made_exact(dtype):
+def test_short_floats_are_cast_and_their_rounded_tables_made_exact():
     model, weights = released()
-    converted = convert_official({key: tensor.to(dtype) for key, tensor in weights.items()})
+    converted = convert_official({key: tensor.bfloat16() for key, tensor in weights.items()})
     assert all(tensor.dtype == torch.float32 for tensor in converted.values())
     model.load_state_dict(converted)
     assert torch.equal(model.encoder.pos_embed[0], sincos_table((4, 4), 16))
@@ -208,8 +204,7 @@ def test_short_floats_are_cast_and_their_rounded_tables_made_exact(dtype):
     ("encoder.inctx_embed", torch.zeros(1, 4, 16), "Unexpected key.*encoder.inctx_embed"),
     ("decoder.blocks.1.attn.qkv.bias", torch.zeros(71), r"decoder.blocks.1.attn.qkv.bias: .*\[71\].*\[72\]"),
     ("decoder.out.4.bias", torch.zeros(3), "Unexpected key.*decoder.out.upsample.bias"),    # of another head
-    ("encoder.pos_embed", sincos_table((2, 8), 16)[None], "encoder.pos_embed is not the sin-cos table"),
-])
+    ("encoder.pos_embed", sincos_table((2, 8), 16)[None], "encoder.pos_embed is not the sin-cos table"),])
 def test_weights_that_are_not_the_released_ones_are_refused_by_name(key, tensor, named):
     model, weights = released()
     weights[key] = tensor
@@ -219,29 +214,22 @@ def test_weights_that_are_not_the_released_ones_are_refused_by_name(key, tensor,
         model.load_state_dict(convert_official(weights))
 
 
-CFG = dict(
-    dataset_name="cifar-10", image_size=32, patch_size=8, token_channels=5, latent_resolution=4,
+CFG = dict(dataset_name="cifar-10", image_size=32, patch_size=8, token_channels=5, latent_resolution=4,
     num_classes=3, cond_generator=True, vit_enc_model_size="small", vit_dec_model_size="base",
     vit_enc_latent_mlp_mixer_depth=2, vit_dec_latent_mlp_mixer_depth=2, affine_latent_mlp_mixer=True,
     pixel_head_type="linear", noise_sigma_max_angle=85, mix_hard_cases_max_angle=89, in_context_size=0,
     halve_model_size=False, spherify_model=False, dtype="bf16")
 
 
-def test_a_released_configuration_gives_the_models_arguments():
+def test_a_released_configuration_gives_the_models_arguments_or_is_refused():
     assert convert_official_config(CFG) == dict(
         image_size=32, patch_size=8, latent_dim=5, num_classes=3, encoder_size="small", decoder_size="base",
         mixer_depth=2, pixel_head="linear", alpha_max=85.0)
     assert convert_official_config({**CFG, "cond_generator": False})["num_classes"] == 0
-
-
-def test_released_configurations_that_we_cannot_build_are_refused():
     with pytest.raises(ValueError, match="spherify_model"):
         convert_official_config({**CFG, "spherify_model": True})
     with pytest.raises(KeyError, match="patch_size"):
         convert_official_config({key: value for key, value in CFG.items() if key != "patch_size"})
-
-
-# ---- activation checkpointing ----
 
 
 @pytest.mark.parametrize("network, preset", [("model", TINY), ("denoiser", TINY_LATENT)])
@@ -270,18 +258,16 @@ def test_recomputed_activations_give_the_same_gradients(network, preset, request
 # ---- initialisation ----
 
 
-@pytest.mark.parametrize("head", ["linear", "conv"])
-def test_latent_and_image_are_zero_at_initialisation(head):
-    model = SphereEncoder(16, 4, 6, 3, (16, 2, 2), (16, 2, 2), 2, head)
-    z, x = model.encode(images(model, 2)), model.decode(latents(model, 2))
-    assert torch.equal(z, torch.zeros_like(z)) and torch.equal(x, torch.zeros_like(x))
-
-
-def test_a_conditional_block_is_the_identity_at_initialisation_and_an_unconditional_one_is_not():
-    model = SphereEncoder(16, 4, 6, 3, (16, 1, 2), (16, 1, 2), 1)
-    plain = SphereEncoder(16, 4, 6, 0, (16, 1, 2), (16, 1, 2), 1)
+def test_at_initialisation_outputs_are_zero_and_conditional_blocks_the_identity():
+    for head in ("linear", "conv"):
+        model, plain = (SphereEncoder(16, 4, 6, K, (16, 2, 2), (16, 2, 2), 2, head) for K in (3, 0))
+        for output in (model.encode(images(model, 2)), model.decode(latents(model, 2))):
+            assert not output.any()
+    denoiser = SiT(16, 6, 4, (16, 2, 2))
+    assert not denoiser(latents(denoiser, 2)).any()
     x, c = torch.randn(2, 16, 16), torch.randn(2, 1, 16)
     assert torch.equal(model.encoder.blocks[0](x, c, model.encoder.rope), x)
+    assert torch.equal(denoiser.blocks[0](x, c), x)
     assert not torch.equal(plain.encoder.blocks[0](x, None, plain.encoder.rope), x)
 
 
@@ -317,18 +303,19 @@ def test_shapes_and_ranges_at_odd_sizes(head, classes, depth):
     assert x.abs().max() <= 1 and x.std() > 0.05
 
 
-def test_encode_and_decode_return_float32_under_autocast_and_float64_for_float64_weights(model):
-    x, v = images(model, 2), latents(model, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        z16, x16 = model.encode(x), model.decode(v)
-    assert z16.dtype == x16.dtype == torch.float32
-    z, image = model.encode(x), model.decode(v)
-    assert not torch.equal(z16, z)                                          # autocast did act inside
-    torch.testing.assert_close(x16, image, rtol=0, atol=0.1)
-    model.double()
-    z64 = model.encode(x.double())
-    assert z64.dtype == torch.float64
-    torch.testing.assert_close(z64.float(), z, rtol=1e-4, atol=1e-4)
+def test_networks_return_float32_under_autocast_and_float64_for_float64_weights(model, denoiser):
+    networks = ((model, model.encode, images(model, 2)), (model, model.decode, latents(model, 2)),
+                (denoiser, denoiser, latents(denoiser, 2)))
+    for module, network, x in networks:
+        with torch.autocast("cpu", torch.bfloat16):
+            short = network(x)
+        y = network(x)
+        assert short.dtype == torch.float32 and not torch.equal(short, y)   # autocast did act inside
+        torch.testing.assert_close(short, y, rtol=0.1, atol=0.1)
+        double = module.double(), network(x.double())
+        assert double[1].dtype == torch.float64
+        torch.testing.assert_close(double[1].float(), y, rtol=1e-4, atol=1e-4)
+        module.float()
 
 
 def test_the_class_matters_in_encoder_and_decoder_each_with_its_own_table_and_none_is_the_null_class(model):
@@ -340,11 +327,6 @@ def test_the_class_matters_in_encoder_and_decoder_each_with_its_own_table_and_no
     assert (image - model.decode(v)).abs().amax((1, 2, 3)).min() > 1e-3
     model.decoder.y_embedder.embedding_table.weight.data += 1
     assert torch.equal(z, model.encode(x, y)) and not torch.equal(image, model.decode(v, y))
-
-
-def test_each_sample_is_computed_alone(model):
-    x, y = images(model, 4), torch.tensor([0, 1, 2, 4])
-    torch.testing.assert_close(model.encode(x, y)[2:3], model.encode(x[2:3], y[2:3]), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unconditional_model_has_no_tables_and_ignores_classes(unconditional):
@@ -389,25 +371,6 @@ def test_rope_scores_depend_on_relative_position_only():
     assert (score[0, 0, 2, 3] - score[0, 0, 3, 2]).abs() > 1e-2            # rows and columns are not the same
 
 
-def test_rope_turns_the_first_half_with_the_row_and_the_second_with_the_column():
-    h, w, head_dim = 4, 6, 8
-    x = torch.ones(h * w, head_dim)
-    turned = apply_rope(x, rope_table((h, w), head_dim)).view(h, w, head_dim)
-    assert torch.equal(turned[:, :1, :4].expand(-1, w, -1), turned[..., :4])
-    assert torch.equal(turned[:1, :, 4:].expand(h, -1, -1), turned[..., 4:])
-    torch.testing.assert_close(turned[1, 0, :2], torch.tensor([math.cos(1) - math.sin(1),
-                                                               math.cos(1) + math.sin(1)]))
-    torch.testing.assert_close(turned.norm(dim=-1), x.view(h, w, head_dim).norm(dim=-1))
-
-
-def test_sincos_table_encodes_the_column_first():
-    table = sincos_table((3, 5), 16).view(3, 5, 16)
-    assert torch.equal(table[:1, :, :8].expand(3, -1, -1), table[..., :8])
-    assert torch.equal(table[:, :1, 8:].expand(-1, 5, -1), table[..., 8:])
-    angle = 4 * 10000.0 ** (-torch.arange(4) / 4.0)
-    torch.testing.assert_close(table[0, 4, :8], torch.cat([angle.sin(), angle.cos()]))
-
-
 def test_position_tables_are_those_of_the_models_own_grid(model):
     for network, head_dim in ((model.encoder, 8), (model.decoder, 12)):
         assert torch.equal(network.rope, rope_table((3, 5), head_dim))
@@ -437,9 +400,6 @@ def test_conv_head_is_reflect_conv_silu_transposed_conv_tanh():
     torch.testing.assert_close(head(tokens), torch.tanh(x))
 
 
-# ---- mixers ----
-
-
 def test_mixers_mix_all_tokens_and_only_behind_their_gates():
     mixer = Mixer(9, 6, 2)
 
@@ -453,22 +413,10 @@ def test_mixers_mix_all_tokens_and_only_behind_their_gates():
     assert (influence() > 1e-4).all()
 
 
-def test_mixers_stand_at_the_encoders_end_and_the_decoders_start(model):
-    for mixer, dim in ((model.encoder.out, 7), (model.decoder.x_embedder[1], 24)):
-        assert mixer.blocks[0].tok_mixer[0].weight.shape == (15, 15) and mixer.norm.weight.shape == (dim,)
-    z = model.encode(images(model, 2))
-    model.encoder.out.norm.weight.data *= 2
-    torch.testing.assert_close(model.encode(images(model, 2)), 2 * z)
-
-
-# ---- bad input ----
-
-
 @pytest.mark.parametrize("change, named", [
     (dict(patch_size=5), "16"), (dict(encoder_size="tiny"), "tiny"), (dict(decoder_size=(30, 1, 4)), "30"),
     (dict(pixel_head="cnn"), "cnn"), (dict(alpha_max=90.0), "90"), (dict(tokens=15), "15"),
-    (dict(size="base"), "S, B, L, XL"),
-])
+    (dict(size="base"), "S, B, L, XL"),])
 def test_sizes_that_do_not_fit_are_named(change, named):
     encoder = dict(image_size=16, patch_size=4, latent_dim=4, num_classes=2, encoder_size=(16, 1, 2),
                    decoder_size=(16, 1, 2), mixer_depth=1)
@@ -482,30 +430,12 @@ def test_sizes_that_do_not_fit_are_named(change, named):
 # ---- denoiser ----
 
 
-@pytest.mark.parametrize("arguments, tensors, parameters", [
-    ((256, 768, 1000, "XL"), 401, 675_160_896), ((256, 768, 3, "B"), 177, 130_086_144),
-    ((256, 768, 102, "B"), 177, 130_162_176),
-])
-def test_the_denoiser_xl_has_the_released_tensors_and_parameters_and_b_the_predicted_ones(
-        arguments, tensors, parameters):
-    with torch.device("meta"):
-        state_dict = SiT(*arguments).state_dict()
-    assert len(state_dict) == tensors and sum(tensor.numel() for tensor in state_dict.values()) == parameters
-
-
 def test_a_denoiser_knows_class_and_latent_but_no_timestep(denoiser):
     assert list(inspect.signature(denoiser.forward).parameters) == ["v", "y"]
     v, y = latents(denoiser, 3), torch.tensor([0, 1, 2])
     assert (denoiser(v, y) - denoiser(v, y.flip(0))).abs().max() > 0.01
     assert torch.equal(denoiser(v), denoiser(v, torch.full((3,), 4)))                   # none: the null class
     torch.testing.assert_close(denoiser(v, y)[1:2], denoiser(v[1:2], y[1:2]), rtol=1e-4, atol=1e-5)
-
-
-def test_a_fresh_denoiser_predicts_zero_and_its_blocks_are_the_identity():
-    model = SiT(9, 5, 4, (24, 2, 2))
-    assert torch.equal(model(latents(model, 2)), torch.zeros(2, 9, 5))
-    x = torch.randn(2, 9, 24)
-    assert torch.equal(model.blocks[0](x, torch.randn(2, 1, 24)), x)
 
 
 def test_a_denoiser_block_is_what_it_says_written_out(denoiser):
@@ -521,12 +451,6 @@ def test_a_denoiser_block_is_what_it_says_written_out(denoiser):
     expected = x1 + m[5] * block.mlp[2](F.gelu(block.mlp[0](h), approximate="tanh"))
     torch.testing.assert_close(block(x, c), expected, rtol=1e-4, atol=1e-5)
     assert not any(linear.bias is not None for linear in (a.q, a.k, a.v, a.proj))
-
-
-def test_a_denoiser_returns_float32_under_autocast(denoiser):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert denoiser(latents(denoiser, 2)).dtype == torch.float32
-    assert denoiser.double()(latents(denoiser, 2).double()).dtype == torch.float64
 
 
 def test_a_tokenizer_is_no_part_of_its_denoiser(denoiser):
@@ -591,40 +515,14 @@ def test_released_rae_decoders_are_placed_bare_wrapped_without_table_or_class_to
     assert torch.equal(convert_rae_decoder(weights)["class_token"], torch.zeros_like(token))
 
 
-def test_the_released_size_of_the_rae_decoder_has_its_456_tensors_and_415_352_704_numbers():
-    with torch.device("meta"):
-        state_dict = RAEDecoder(**RAE_DECODER_SIZE).state_dict()
-    assert len(state_dict) == 456 and sum(tensor.numel() for tensor in state_dict.values()) == 415_352_704
-
-
-@pytest.mark.parametrize("key, tensor, named", [
-    ("decoder_norm.weight", None, 'Missing key.*"norm.weight"'),
-    ("decoder_norm.gamma", torch.zeros(48), 'Unexpected key.*"norm.gamma"'),
-    ("decoder_pos_embed", torch.zeros(1, 17, 48), "pos_embed is not the sin-cos table"),
-])
-def test_rae_decoders_that_are_none_are_refused_by_name(hub, key, tensor, named):
-    weights = torch.load(hub / RAE_DECODER[1])
-    weights[key] = tensor
-    if tensor is None:
-        del weights[key]
-    torch.save(weights, hub / RAE_DECODER[1])
-    with pytest.raises(RuntimeError, match=named):
-        RAE.from_hub()
-
-
-@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("url, name", [RAE_DECODER, RAE_STATISTICS,
                                        ("facebookresearch/dinov2", "dinov2_vitb14_reg4_pretrain.pth")])
-def test_rae_files_that_are_missing_or_damaged_are_named_with_their_url(hub, monkeypatch, url, name, damaged):
+def test_rae_files_that_are_missing_or_damaged_are_named_with_their_url(hub, monkeypatch, url, name):
     monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=URLError("no network")))
     RAE.from_hub()                                                          # all is there
     content = (hub / name).read_bytes()
-    (hub / name).unlink()
-    if damaged:
-        (hub / name).write_bytes(content[:100])
-    with pytest.raises(OSError) as error:
-        RAE.from_hub()
-    assert str(hub) in str(error.value) and name in str(error.value) and url in str(error.value)
-    shutil.rmtree(hub.parent / "facebookresearch_dinov2_main")
-    with pytest.raises(OSError, match="github.com/facebookresearch/dinov2 in .*facebookresearch_dinov2_main"):
-        RAE.from_hub()
+    for spoil in (lambda: (hub / name).write_bytes(content[:100]), (hub / name).unlink):
+        spoil()
+        with pytest.raises(OSError) as error:
+            RAE.from_hub()
+        assert str(hub) in str(error.value) and name in str(error.value) and url in str(error.value)

@@ -1,12 +1,10 @@
 """The commands, code, names and links of README.md and notebooks/README.md are checked against the code."""
 
-import functools
 import inspect
 import json
 import math
 import re
 import shlex
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ import train
 from conftest import ROOT
 from losses import pixel_reconstruction_loss, sphere_encoder_loss
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
+from test_sample import official  # noqa: F401
 
 README, NOTEBOOKS = ((ROOT / folder / "README.md").read_text() for folder in ("", "notebooks"))
 LOSS, SAMPLING, LATENT_SAMPLING, USE = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -40,15 +39,15 @@ def test_there_are_two_set_up_commands_and_ci_runs_the_second():
 
 
 @pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
-def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch, tmp_path):
+def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatch):
     command = next(command for command in COMMANDS if command.endswith(shlex.join(["train.py", *argv])))
     processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command))
-    calls = []
+    calls, known = [], {name for function in (train.train, train.quality)
+                        for name in inspect.signature(function).parameters}
 
-    @functools.wraps(train.train)                       # its arguments and their docstrings are options
     def checked(preset, out, accumulate=1, **given):
-        assert given.keys() <= inspect.signature(train.train).parameters.keys()
-        calls.append(train.open_run(preset, tmp_path, given.get("seed", 0), False, processes * accumulate))
+        assert given.keys() <= known and preset.batch_size % (processes * accumulate) == 0
+        calls.append(out)
 
     monkeypatch.setattr(train, "train", checked)
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
@@ -57,33 +56,16 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
     assert train.main(argv) is None and len(calls) == 1
 
 
-@pytest.mark.parametrize("argv", [argv for argv in arguments("sample.py") if "--config" not in argv],
-                         ids=" ".join)
-def test_readme_sampling_commands_draw(argv, trained, tmp_path):
-    for name in ("a.png", "b.jpg"):                     # images that README's commands speak of
-        Image.new("RGB", (40, 30), "white").save(tmp_path / name)
-    argv = [str(tmp_path / word) if word in ("a.png", "b.jpg") else word for word in argv]
-    argv = argv + ["--checkpoint", str(trained), "--out", str(tmp_path / "out")]   # the last one given counts
-    sample.main(argv)
+@pytest.mark.parametrize("argv", arguments("sample.py"), ids=" ".join)
+def test_readme_sampling_commands_draw(argv, trained, official, tmp_path):
+    files = {"ep0799.pth": official[0], "cfg.json": official[1]}            # what README's commands speak of
+    for name in ("a.png", "b.jpg"):
+        files[name] = tmp_path / name
+        Image.new("RGB", (40, 30), "white").save(files[name])
+    argv = [str(files.get(word, word)) for word in argv] + ["--out", str(tmp_path / "out")]
+    sample.main(argv if "--config" in argv else [*argv, "--checkpoint", str(trained)])  # the last counts
     word = argv[0] if argv[0] in sample.WORDS else "generate"
     assert (tmp_path / "out" / f"{word}.png").exists()
-
-
-@pytest.mark.parametrize("argv", [argv for argv in arguments("sample.py") if "--config" in argv],
-                         ids=" ".join)
-def test_readme_command_for_released_weights_is_understood(argv, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(sample, "load",
-                        lambda *arguments: seen.append(arguments) or SimpleNamespace(class_names=[]))
-
-    def draw(args, model, how):
-        """Nothing."""
-        assert how["official"] is True
-        return {"": torch.zeros(1, 1, 3, 16, 16)}, []
-
-    monkeypatch.setitem(sample.WORDS, "generate", draw)
-    sample.main([*argv, "--out", str(tmp_path)])
-    assert seen[0][3] == "cfg.json"
 
 
 def test_the_lines_that_explain_loss_and_sampling_are_the_functions(model, denoiser):
@@ -124,8 +106,7 @@ def test_every_function_and_test_that_the_readme_names_exists():
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
 
 
-@pytest.mark.parametrize("page", [
-    "README.md", "notebooks/README.md", "notebooks/results.md",
+@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/results.md",
     *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb")))])
 def test_every_file_and_section_that_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", (ROOT / page).read_text())

@@ -65,11 +65,6 @@ def test_spherify_radius_falls_only_for_tiny_latents_as_its_formula_says(rms):
     assert rms < 0.3 or expected == pytest.approx(math.sqrt(50), rel=1e-5)
 
 
-def test_spherify_ignores_the_scale_of_z():
-    z = normal(3, 5, 4, dtype=torch.float64)
-    torch.testing.assert_close(spherify(1000 * z), spherify(z, eps=0), rtol=1e-9, atol=0)
-
-
 def test_spherify_commutes_with_rotations_of_the_whole_latent():
     z = normal(3, 5, 4, dtype=torch.float64)                # so not every token is normalised by itself
     rotation = torch.linalg.qr(normal(20, 20, seed=1, dtype=torch.float64)).Q
@@ -96,17 +91,13 @@ def test_noise_angle_is_arctan_sigma(alpha):
     assert torch.rad2deg(torch.acos(cosine)).numpy() == pytest.approx(alpha, abs=0.9)
 
 
-def test_noisy_latents_stay_on_the_sphere_and_sigma_zero_leaves_them():
-    v, e = spherify(normal(3, 6, 5)), normal(3, 6, 5, seed=1)
-    radius = add_noise(v, 4.0, e).flatten(1).norm(dim=1)
-    torch.testing.assert_close(radius, torch.full((3,), math.sqrt(30)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(add_noise(v, 0.0, e), v, rtol=1e-5, atol=0)
-
-
-def test_sigma_per_sample_equals_each_sample_alone():
+def test_noisy_latents_stay_on_the_sphere_each_with_its_own_sigma_and_zero_leaves_them():
     v, e, sigma = spherify(normal(3, 6, 5)), normal(3, 6, 5, seed=1), torch.tensor([0.0, 1.0, 5.0])
+    noisy = add_noise(v, sigma, e)
+    assert noisy.flatten(1).norm(dim=1).numpy() == pytest.approx(math.sqrt(30), rel=1e-5)
+    torch.testing.assert_close(noisy[0], v[0], rtol=1e-5, atol=0)
     alone = [add_noise(v[i:i + 1], sigma[i].item(), e[i:i + 1]) for i in range(3)]
-    torch.testing.assert_close(add_noise(v, sigma, e), torch.cat(alone))
+    torch.testing.assert_close(noisy, torch.cat(alone))
 
 
 def test_noise_of_equal_direction_lies_on_one_great_circle():
@@ -207,12 +198,6 @@ def test_logit_normal_draws_are_linear_in_sigma_or_in_the_angle():
                                atol=1e-5)
 
 
-def test_a_generator_decides_the_draws():
-    for draw in (uniform_sigmas, official_sigmas, logit_normal_sigmas):
-        a, b, c = (draw(16, 80.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
-
-
 # ---- schedule and seeded noise ----
 
 
@@ -238,30 +223,20 @@ def test_noise_of_a_sample_depends_on_seed_and_index_alone():
     assert np.array_equal(whole[:, 9].numpy(), reference)
 
 
-def test_noise_differs_between_seeds_indices_and_draws():
+def test_noise_is_standard_normal_and_differs_between_seeds_indices_and_draws():
+    assert_drawn_from(stats.norm.cdf, sample_noise(0, 0, 100, (1000,)).flatten())
     seeds = [0, 1, 2**32, 2**32 + 1, 2**64 - 1]
     vectors = torch.cat([sample_noise(seed, 0, 2, (6,), draws=2).flatten(0, 1) for seed in seeds])
     assert len(torch.unique(vectors, dim=0)) == len(vectors) == 20
 
 
-def test_noise_is_standard_normal():
-    assert_drawn_from(stats.norm.cdf, sample_noise(0, 0, 100, (1000,)).flatten())
-
-
-# ---- bad input ----
-
-
 @pytest.mark.parametrize("call, named", [
-    (lambda: angle_to_sigma(90.0), "90.0"), (lambda: angle_to_sigma(-1.0), "-1.0"),
-    (lambda: angle_to_sigma(math.nan), "nan"), (lambda: angle_to_sigma(torch.tensor([10.0, 91.0])), ".*91"),
-    (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"), (lambda: step_schedule(0, 1.0), "0, 1.0"),
-    (lambda: logit_normal_sigmas(4, 85.0, mapping="cosine"), "'cosine'"),
-    (lambda: uniform_sigmas(4, 80.0, 90.05, mapping="angle"), "90.05"),
-    (lambda: official_sigmas(2, 80.0), "2"),
+    (lambda: angle_to_sigma(90.0), "90.0"), (lambda: angle_to_sigma(torch.tensor([10.0, math.nan])), ".*nan"),
+    (lambda: uniform_sigmas(4, 80.0, 70.0), "70.0"), (lambda: official_sigmas(2, 80.0), "2"),
     (lambda: logit_normal_sigmas(4, 95.0, mapping="angle"), "95.0"),
-    (lambda: truncate_noise(torch.zeros(2), 0.0), "0.0"), (lambda: sample_noise(-1, 0, 1, (2,)), "-1"),
-    (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64)), (lambda: step_schedule(4, -1.0), "4, -1.0"),
-])
+    (lambda: logit_normal_sigmas(4, 85.0, mapping="cosine"), "'cosine'"),
+    (lambda: truncate_noise(torch.zeros(2), 0.0), "0.0"), (lambda: step_schedule(4, -1.0), "4, -1.0"),
+    (lambda: sample_noise(-1, 0, 1, (2,)), "-1"), (lambda: sample_noise(2**64, 0, 1, (2,)), str(2**64))])
 def test_bad_input_is_a_value_error_that_names_the_value(call, named):
     with pytest.raises(ValueError, match=f"got {named}"):
         call()
