@@ -213,7 +213,7 @@ def load_statistics(path, features):
 
     returns  Extracted, if the file has mu [D] and sigma [D, D], perhaps count and features; otherwise the
              images uint8 [n, 3, H, W], stored as arr_0 [n, H, W, 3]
-    Raises OSError or ValueError naming the file, also if it says that its features are of another kind."""
+    Raises ValueError naming the file, also if it says that its features are of another kind."""
     stored_features = count = None
     try:
         with np.load(path) as file:
@@ -229,8 +229,6 @@ def load_statistics(path, features):
             with contextlib.suppress(KeyError, ValueError):             # these may be another tool's arrays
                 stored_features = file["features"].item()
                 count = int(file["count"].item())
-    except OSError:
-        raise
     except Exception as error:                              # NumPy and zipfile know a dozen kinds
         raise ValueError(f"{path}: not an npz file of statistics (mu, sigma) or images ({error})") from None
     if stored_features not in (None, features):
@@ -494,7 +492,7 @@ def errors_in_one_line(program):
     first = is_first_process()
     warnings.formatwarning = lambda message, *_: f"{program}: {message}\n" if first else ""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")            # a console may lack a letter
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)       # a console may lack a letter
     try:
         if program != "train.py" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("runs as one process; only train.py runs under torchrun")

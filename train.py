@@ -213,7 +213,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                     "class_names": class_names * preset.conditional}        # none, if it is not
         start, total, save_every, judge_every = plan(preset, len(data), stored, evaluate_every, evaluation)
         if stored:
-            continue_run(stored, {**asdict(preset), **settings}, out)
+            must_equal(stored, settings, out)
+            cut_logs(out, stored["step"])
         else:
             check_files(data, held_out)
         if data.in_memory:
@@ -242,7 +243,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
 
         if rank == 0:
             print(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
-                  f"{len(held_out or ()):,} held out; iterations {start:,} to {total:,}", flush=True)
+                  f"{len(held_out or ()):,} held out; iterations {start:,} to {total:,}")
             if not stored:
                 save(0)                                     # from here on the folder is a run to resume
         model.train()
@@ -423,7 +424,7 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
 
 def open_run(preset, out, seed, resume, parts):
     """The checkpoint to resume from, or None for a new run. Raises ValueError for settings that do not fit
-    each other, for a batch that cannot be cut into parts, and for a new run in the folder of another."""
+    each other or the run, a batch that cannot be cut into parts, and a new run in the folder of another."""
     if parts < 1 or preset.batch_size < 1 or preset.batch_size % parts:
         raise ValueError(f"--batch-size {preset.batch_size} must be a multiple of processes x accumulate, "
                          f"{parts}")
@@ -431,7 +432,7 @@ def open_run(preset, out, seed, resume, parts):
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes")
     has_length = preset.epochs or preset.iterations
     if len(preset.weights) != 5 or preset.distance not in DISTANCES or not has_length:
-        raise ValueError(f"need five --weights, a --distance in {[*DISTANCES]}, and --epochs or --iterations")
+        raise ValueError("need five --weights, --distance l1, smooth-l1 or l2, and --epochs or --iterations")
     random_draws(preset, seed, 0)                           # raises for impossible angles or noise
     if not resume:
         if any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
@@ -440,22 +441,27 @@ def open_run(preset, out, seed, resume, parts):
     last = out / "last.pt"
     if preset.tokenizer and not last.exists() and (out / "tokenizer" / "last.pt").exists():
         return None                                         # perhaps left while it trained its tokenizer
-    return read_checkpoint(last, "optimizer")
+    stored = read_checkpoint(last, "optimizer")
+    must_equal(stored, {**asdict(preset), "seed": seed}, out)
+    return stored
 
 
-def continue_run(stored, settings, out):
-    """Cut the logs of a run back to the step of its checkpoint; pictures and best.pt are made again when that
-    step is reached. Raises ValueError for other settings or data than the run's."""
+def must_equal(stored, settings, out):
+    """Raises ValueError if a run was trained with other settings or data, rather than mix two runs."""
     before = {**stored, **stored["preset"]}
     for name, value in settings.items():
         if value != before.get(name) and name not in ("data", "epochs", "iterations"):     # moved, extended
             raise ValueError(f"{out} was trained with {name} {before.get(name)}, not {value}; --resume has "
                              f"its settings and data: drop that option and --preset, or change --out")
+
+
+def cut_logs(out, step):
+    """Cut the logs of a run back to the step of its checkpoint. What else is newer, pictures and best.pt, is
+    made again when its step is reached again."""
     for path in (out / "log.jsonl", out / "evaluations.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines
-                    if line.endswith("\n") and json.loads(line)["step"] <= stored["step"]]
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             if kept != lines:
                 with whole_file(path) as file:
                     file.write("".join(kept).encode())
@@ -560,7 +566,7 @@ def log(out, total, row):
     """Append a line to log.jsonl, and show it."""
     append(out / "log.jsonl", row)
     step, *shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
-    print(f"{row['step']}/{total}", *shown, flush=True)
+    print(f"{row['step']}/{total}", *shown)
 
 
 def logged(path):
@@ -603,7 +609,7 @@ def draw(out, step, model, data):
     path = out / f"samples-{step:06d}.png"
     save_image(picture(panels, [model.class_names[c] for c in classes if model.num_classes]), path)
     plot_losses(out / "losses.png", logged(out / "log.jsonl"))
-    print(path, out / "losses.png", flush=True)
+    print(path, out / "losses.png")
 
 
 def plot_losses(path, lines):
@@ -924,14 +930,14 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         return extracted(gathered(
             places, lambda part: [x.cpu() for x in network(images_at(part).to(device))]))
 
-    if reference:
-        real = extract_or_keep(images_or_statistics(reference, features), lambda: network, device)
-    else:
-        real = measured(places, lambda part: train_set[part][0])
     sampling = {"cfg": cfg, "seed": seed, **sampling}
     sets = {f"T = {T}": Samples(model, count, steps=T, **sampling) for T in steps}
     if held_out:
         sets["real held-out"] = held_out
+    if reference:
+        real = extract_or_keep(images_or_statistics(reference, features), lambda: network, device)
+    else:
+        real = measured(places, lambda part: train_set[part][0])
     columns = {title: measured(range(len(data)), lambda part: data[part][0]) for title, data in sets.items()}
     rows = {}
     for title, images in columns.items():
@@ -1045,13 +1051,12 @@ def literal(text):
 
 def add_option(group, flag, kind, help):
     """An option whose values are of a kind; what is neither a number nor a word is a Python literal."""
-    how = {"type": kind, "metavar": "X"}
     if kind is bool:
         how = {"action": argparse.BooleanOptionalAction}
     elif kind is dict:
         how = {"nargs": "+", "metavar": "NAME=VALUE"}
-    elif kind not in (int, float, str, Path):
-        how = {"type": literal, "metavar": "X"}
+    else:
+        how = {"type": kind if kind in (int, float, str, Path) else literal, "metavar": "X"}
     group.add_argument(flag, help=help, **how)
 
 
@@ -1067,7 +1072,7 @@ def main(argv=None):
         changes.setdefault("iterations", 0)                 # the length given replaces the preset's
     preset = replace(PRESETS[name], **changes)
     out = given.pop("out", Path("out", name))
-    if given.get("list"):
+    if given.pop("list", False):
         list_presets()
     elif "export" in given:
         export(preset, given["export"], given.get("count"))
