@@ -243,7 +243,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
 
         if rank == 0:
             print(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
-                  f"{len(held_out or ()):,} held out; iterations {start:,} to {total:,}")
+                  f"{len(held_out or ())} held out; iterations {start:,} to {total:,}")
             if not stored:
                 save(0)                                     # from here on the folder is a run to resume
         model.train()
@@ -405,7 +405,7 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     returns  x (images [B, 3, H, W], or latents [B, N, d] for a denoiser), y [4, B], sigma [B], sigma_sub [B],
              e [B, N, d]"""
     device = next(model.parameters()).device
-    x, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    x, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
     flip, drop, sigma, sigma_sub = (draw[..., mine].to(device) for draw in random_draws(preset, seed, step))
     e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
                     generator=seeded(seed, "noise", step, device))[mine].clone()    # keeps no other part
@@ -426,13 +426,13 @@ def open_run(preset, out, seed, resume, parts):
     """The checkpoint to resume from, or None for a new run. Raises ValueError for settings that do not fit
     each other or the run, a batch that cannot be cut into parts, and a new run in the folder of another."""
     if parts < 1 or preset.batch_size < 1 or preset.batch_size % parts:
-        raise ValueError(f"--batch-size {preset.batch_size} must be a multiple of processes x accumulate, "
-                         f"{parts}")
+        raise ValueError(f"--batch-size must be a multiple of processes x accumulate, {parts}")
     if preset.batch_norm and parts > 1:
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes")
-    has_length = preset.epochs or preset.iterations
-    if len(preset.weights) != 5 or preset.distance not in DISTANCES or not has_length:
-        raise ValueError("need five --weights, --distance l1, smooth-l1 or l2, and --epochs or --iterations")
+    if len(preset.weights) != 5 or not (preset.epochs or preset.iterations):
+        raise ValueError("need five --weights, and --epochs or --iterations")
+    if preset.distance not in DISTANCES or preset.precision not in ("auto", "bf16", "float32"):
+        raise ValueError("--distance must be l1, smooth-l1 or l2, --precision auto, bf16 or float32")
     random_draws(preset, seed, 0)                           # raises for impossible angles or noise
     if not resume:
         if any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
@@ -493,7 +493,7 @@ def build(preset, class_names, tokenizer, seed, device, stored):
     if preset.init and not stored:
         other = first_process_first(lambda: load(preset.init))
         taken = take_weights(model, other.state_dict())
-        print(f"{preset.init}: {taken} tensors taken")
+        print(taken, "tensors taken from", preset.init)
     model.to(device)
     groups = parameter_groups(model, preset.encoder_lr_scale, preset.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
@@ -502,7 +502,7 @@ def build(preset, class_names, tokenizer, seed, device, stored):
         network.sampling = preset.sampling
         if tokenizer:
             network.attach(tokenizer)
-    sampler(model)                                          # refuses arguments that it does not know
+    sampler(ema)(ema, [0], 2)                               # raises now for sampling that cannot be
     if stored:
         model.load_state_dict(stored["model"])
         ema.load_state_dict(stored["ema"])
@@ -714,8 +714,7 @@ def animal_faces(root):
     return [joined(parts)], names
 
 
-# A new data set is a reader (see the head of this section) and a line here, with its number of classes, which
-# --list uses, if that is always the same.
+# A new data set is a reader (see the head of this section) and a line here. --list uses the number of classes.
 DATA_SETS = {
     "digits": (digits, 10),
     "fashion-mnist": (partial(downloaded, "fashion-mnist", torchvision_set, datasets.FashionMNIST), 10),
@@ -723,7 +722,7 @@ DATA_SETS = {
     "flowers102": (partial(downloaded, "flowers102", flowers102), 102),
     "animal-faces": (animal_faces, 3),
     "imagenet": (image_folder, 1000),
-    "folder": (image_folder, None),
+    "folder": (image_folder, 10),
 }
 
 
@@ -1036,8 +1035,8 @@ def command_line(argv):
     settings = parser.add_argument_group(f"settings; in brackets those of {name}")
     for f in fields(Preset):
         help = ", ".join(DATA_SETS) if f.name == "dataset" else f.metadata["help"]
-        default = getattr(PRESETS[name], f.name)
-        add_option(settings, "--" + f.name.replace("_", "-"), f.type, f"{help} ({default})")
+        flag = "--" + f.name.replace("_", "-")
+        add_option(settings, flag, f.type, f"{help} ({getattr(PRESETS[name], f.name)})")
     return vars(parser.parse_args(argv))
 
 
@@ -1104,8 +1103,8 @@ def list_presets():
     costs = {}
     for name, preset in PRESETS.items():
         _, classes = DATA_SETS[preset.dataset]
-        model, costs[name] = cost(preset, classes or 10, PRESETS.get(preset.tokenizer))
-        if len(costs) == 1:
+        model, costs[name] = cost(preset, classes, PRESETS.get(preset.tokenizer))
+        if name == "digits":
             print_row("preset", ["pixels", "tokens", "L", "parameters", *costs[name]])
         N, d = model.latent_shape
         parameters = sum(p.numel() for p in model.parameters())

@@ -484,7 +484,7 @@ def test_a_mistake_of_all_processes_or_of_one_is_one_line(folder, tmp_path):
     errors = process.communicate()[1]
     found = [line for line in errors.splitlines() if line.startswith("train.py: ")]
     assert process.returncode != 0 and len(found) == 2, errors
-    assert "--batch-size 7" in found[0] and f"{path}: not a readable image" in found[1]
+    assert "--batch-size must be" in found[0] and f"{path}: not a readable image" in found[1]
 
 
 # ---- what a run leaves ----
@@ -861,10 +861,12 @@ def test_guidance_sampling_and_the_choice_of_weights_reach_the_samples_that_are_
     ("--preset digits-latent --tokenizer {latent}", "--tokenizer"),
     ("--preset digits-latent --tokenizer {trained} --image-size 32", "--image-size 32"),
     ("--preset digits-latent --tokenizer rae", "DINOv2"), ("--weights 1,1", "--weights"),
-    ("--accumulate 3", "--batch-size 64"), ("--batch-norm --accumulate 2", "--batch-norm"),
+    ("--accumulate 3", "--batch-size"), ("--precision fp16", "--precision"),
+    ("--batch-norm --accumulate 2", "--batch-norm"),
     ("--alpha-max 90", "90"), ("--encoder-size tiny", "tiny"), ("--steps 5000 --iterations 1", "steps"),
     ("--sampling colour=red", "colour=red is none of"), ("--sampling alpha=red", "alpha=red is none of"),
     ("--sampling project_last=True", "generate takes no project_last; drop it"),
+    ("--sampling alpha=95", "95"), ("--sampling schedule=fast", "fast"), ("--sampling bound=-1", "-1"),
     *((f"--evaluate {{trained}} {words}", named) for words, named in (
         ("--sampling project_last=True", "generate takes no project_last; drop it"),
         ("--count 1", "at least 2 images"), ("--steps 0", "got 0"), ("--lr 1", "takes no lr; drop it"),
