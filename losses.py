@@ -19,7 +19,7 @@ from torchvision.models import convnext_small
 from torchvision.transforms.functional import normalize
 
 from models import SiT, pretrained
-from spherify import add_noise, at_least_float32, spherify
+from spherify import add_noise, at_least_float32, full_precision, spherify
 
 WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")  # order of weights
 
@@ -31,7 +31,7 @@ def pixel_reconstruction_loss(x_noisy, x, perceptual=None):
     x           [B, 3, H, W]  the real image, in [-1, 1]
     perceptual  callable on two such images giving one distance per image, or None
     returns     (smooth L1, perceptual) scalars; perceptual is 0 without a network"""
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         l1 = F.smooth_l1_loss(at_least_float32(x_noisy) / 2, at_least_float32(x) / 2)   # / 2: as if in [0, 1]
     return l1, x_noisy.new_zeros(()) if perceptual is None else perceptual(x_noisy, x).float().mean()
 
@@ -53,8 +53,9 @@ def latent_consistency_loss(v, z_again, eps=1e-6):
                         encoder's second pass and, through the image, the decoder
     z_again  [B, N, d]  E(D(v_NOISY)), the encoder's second pass
     returns  scalar, mean over the batch"""
-    with torch.autocast(v.device.type, enabled=False):
-        v, z_again = at_least_float32(v.detach()).flatten(1), at_least_float32(z_again).flatten(1)  # [B, L]
+    with full_precision(v):
+        v = at_least_float32(v.detach()).flatten(1)
+        z_again = at_least_float32(z_again).flatten(1)                                                # [B, L]
         return (1 - F.cosine_similarity(v, z_again, dim=1, eps=eps)).mean()
 
 
@@ -116,7 +117,7 @@ def sliced_wasserstein_loss(z, directions):
     In one dimension the nearest arrangement is the sorted one: the k-th smallest projection belongs to the
     (k - 1/2) / B quantile of a coordinate of the uniform distribution, which is exact, not drawn. So the
     result falls as 1 / B for B uniform points, but is not 0."""
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         projections = at_least_float32(z).flatten(1) @ directions                                     # [B, M]
         quantiles = sphere_quantiles(len(z), len(directions)).to(projections.dtype).to(z.device)      # [B]
         return (projections.sort(dim=0).values - quantiles[:, None]).square().mean()
@@ -158,8 +159,9 @@ def latent_reconstruction_loss(z_hat_noisy, z, distance="l2"):
     Raises ValueError for an unknown distance."""
     if distance not in DISTANCES:
         raise ValueError(f"the distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
-    with torch.autocast(z.device.type, enabled=False):
-        a, b = at_least_float32(z_hat_noisy), at_least_float32(z)
+    with full_precision(z):
+        a = at_least_float32(z_hat_noisy)
+        b = at_least_float32(z)
         # A fresh denoiser predicts 0, where the gradient's norm is 1 / eps; later norms are near sqrt(L).
         cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1.0)
         return DISTANCES[distance](a, b), (1 - cosine).mean()
@@ -196,7 +198,8 @@ def sphere_latent_loss(denoiser, z, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1,
     returns     loss, {name: unweighted part}; the parts are detached and stay on the device"""
     y_NOISY, y_noisy, y_again = y[:3] if y.ndim == 2 else [y] * 3
     v = spherify(z)
-    v_NOISY, v_noisy = add_noise(v, sigma, e), add_noise(v, sigma_sub, e)                        # SLE Eq. 1
+    v_NOISY = add_noise(v, sigma, e)                                                             # SLE Eq. 1
+    v_noisy = add_noise(v, sigma_sub, e)
     z_hat_NOISY, z_hat_noisy = denoiser(torch.cat([v_NOISY, v_noisy]), torch.cat([y_NOISY, y_noisy])).chunk(2)
 
     parts = [*latent_reconstruction_loss(z_hat_noisy, z, distance),
@@ -212,7 +215,8 @@ class Objective(nn.Module):
 
     def __init__(self, model, preset):
         super().__init__()
-        self.model, self.preset = model, preset
+        self.model = model
+        self.preset = preset
         sees = not isinstance(model, SiT) and (preset.weights[1] or preset.weights[3])
         self.perceptual = perceptual_distance(preset.perceptual) if sees else None
 
@@ -263,7 +267,7 @@ class LPIPS(lpips.LPIPS):
     def forward(self, a, b):
         a_features, b_features = (self.net(self.scaling_layer(x)) for x in (a, b))
         distance = 0
-        with torch.autocast(a.device.type, enabled=False):
+        with full_precision(a):
             for head, *pair in zip(self.lins, a_features, b_features):                     # [B, C, h, w] each
                 f, g = (lpips.normalize_tensor(at_least_float32(features)) for features in pair)
                 distance = distance + head((f - g).square()).mean((1, 2, 3))
@@ -275,7 +279,8 @@ class LPIPSConvNeXt(nn.Module):
 
     def __init__(self, lpips, convnext):
         super().__init__()
-        self.lpips, self.convnext = lpips, convnext_small()
+        self.lpips = lpips
+        self.convnext = convnext_small()
         self.convnext.load_state_dict(convnext)
 
     def forward(self, a, b):

@@ -27,7 +27,7 @@ SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16), "
          "huge": (1280, 32, 16), "giant": (1664, 40, 16)}
 # (width, depth, heads) of the denoiser.
 SIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-NORM_EPS = 1e-6         # of every RMSNorm
+RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 ROPE_THETA = 10000.0    # base of the RoPE frequencies, and of the sin-cos table
 CONV_HEAD_CHANNELS = 32
 
@@ -62,9 +62,11 @@ class SphereEncoder(nn.Module):
         if H % patch_size or W % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
         angle_to_sigma(alpha_max)                           # refuses one that cannot be
-        self.image_size, self.num_classes, self.alpha_max = (H, W), num_classes, alpha_max
+        self.image_size = (H, W)
+        self.num_classes = num_classes
+        self.alpha_max = alpha_max
         grid = (H // patch_size, W // patch_size)
-        self.latent_shape = (grid[0] * grid[1], latent_dim)                           # (N, d)
+        self.latent_shape = (math.prod(grid), latent_dim)                           # (N, d)
         self.encoder = Encoder(grid, patch_size, latent_dim, num_classes if encoder_classes else 0,
                                encoder_size, mixer_depth)
         self.norm = nn.BatchNorm1d(math.prod(self.latent_shape), affine=False) if batch_norm else None
@@ -108,7 +110,8 @@ class Transformer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         # The computed table always stands: a file need not hold it, or holds it rounded to bf16.
-        stored, table = state_dict.get(prefix + "pos_embed", self.pos_embed), self.pos_embed.detach()
+        stored = state_dict.get(prefix + "pos_embed", self.pos_embed)
+        table = self.pos_embed.detach()
         if stored.shape == table.shape:
             if not torch.allclose(stored.to(table), table, rtol=0, atol=4e-3):
                 arguments[-1].append(f"{prefix}pos_embed is not the sin-cos table of this model's grid")
@@ -135,13 +138,22 @@ class ViT(Transformer):
     def __init__(self, grid, num_classes, size, out_dim):
         width, depth, heads = _size(size, SIZES)
         super().__init__(grid, width)
-        self.width, conditional = width, num_classes > 0
+        self.width = width
+        conditional = num_classes > 0
         self.register_buffer("rope", rope_table(grid, width // heads), persistent=False)  # [2, N, D/heads/2]
         self.y_embedder = ClassTable(num_classes, width) if conditional else None
         self.blocks = nn.ModuleList([
             Block(width, Attention(width, heads), SwiGLU(width, int(width * 8 / 3)), conditional)
             for _ in range(depth)])
         self.ffn = ModulatedLinear(width, out_dim, conditional)
+
+    def transform(self, x, y):
+        """Embedded tokens [B, N, D] and classes [B] -> tokens [B, N, out_dim]."""
+        c = self.y_embedder(y) if self.y_embedder else None                                 # [B, 1, D]
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c, self.rope)
+        return self.ffn(x, c)
 
 
 class Encoder(ViT):
@@ -151,18 +163,15 @@ class Encoder(ViT):
         super().__init__(grid, num_classes, size, latent_dim)
         self.x_embedder = nn.Sequential(nn.Conv2d(3, self.width, patch_size, stride=patch_size, bias=False),
                                         nn.Conv2d(self.width, self.width, 1))
-        self.out = Mixer(grid[0] * grid[1], latent_dim, mixer_depth) if mixer_depth else nn.Identity()
+        self.out = Mixer(math.prod(grid), latent_dim, mixer_depth) if mixer_depth else nn.Identity()
         self.initialize(self.ffn.linear)
         for conv in self.x_embedder:
             nn.init.xavier_uniform_(conv.weight.flatten(1))                 # fans of the flattened patch
         nn.init.zeros_(self.x_embedder[1].bias)
 
     def forward(self, x, y):
-        c = self.y_embedder and self.y_embedder(y)                                          # [B, 1, D]
-        x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed                  # [B, N, D]
-        for block in self.blocks:
-            x = block(x, c, self.rope)
-        return self.out(self.ffn(x, c))                                                     # [B, N, d]
+        x = self.x_embedder(x).flatten(2).transpose(1, 2)                                   # [B, N, D]
+        return self.out(self.transform(x, y))                                               # [B, N, d]
 
 
 class Decoder(ViT):
@@ -175,7 +184,7 @@ class Decoder(ViT):
         super().__init__(grid, num_classes, size, 3 * patch_size**2 if linear else CONV_HEAD_CHANNELS)
         self.x_embedder = nn.Sequential(nn.Linear(latent_dim, self.width))
         if mixer_depth:
-            self.x_embedder.append(Mixer(grid[0] * grid[1], self.width, mixer_depth))
+            self.x_embedder.append(Mixer(math.prod(grid), self.width, mixer_depth))
         self.out = LinearHead(grid, patch_size) if linear else ConvHead(grid, patch_size)
         self.initialize(self.ffn.linear)
         for module in self.x_embedder.modules():
@@ -187,11 +196,7 @@ class Decoder(ViT):
                 nn.init.zeros_(module.bias)
 
     def forward(self, v, y):
-        c = self.y_embedder and self.y_embedder(y)                                          # [B, 1, D]
-        x = self.x_embedder(v) + self.pos_embed                                             # [B, N, D]
-        for block in self.blocks:
-            x = block(x, c, self.rope)
-        return self.out(self.ffn(x, c))                                                     # [B, 3, H, W]
+        return self.out(self.transform(self.x_embedder(v), y))                              # [B, 3, H, W]
 
 
 class LinearHead(nn.Module):
@@ -199,7 +204,8 @@ class LinearHead(nn.Module):
 
     def __init__(self, grid, patch_size):
         super().__init__()
-        self.grid, self.patch_size = grid, patch_size
+        self.grid = grid
+        self.patch_size = patch_size
         self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
 
     def forward(self, tokens):
@@ -228,10 +234,12 @@ class ConvHead(nn.Module):
 class Block(nn.Module):
     """Pre-norm block of attention and MLP, AdaLN-Zero if conditional: the identity at initialisation."""
 
-    def __init__(self, width, attn, mlp, conditional, norm=partial(nn.RMSNorm, eps=NORM_EPS)):
+    def __init__(self, width, attn, mlp, conditional, norm=RMSNorm):
         super().__init__()
-        self.norm1, self.attn = norm(width), attn
-        self.norm2, self.mlp = norm(width), mlp
+        self.norm1 = norm(width)
+        self.attn = attn
+        self.norm2 = norm(width)
+        self.mlp = mlp
         if conditional:
             self.adaLN_modulation = AdaLN(width, 6)
 
@@ -290,7 +298,7 @@ class ModulatedLinear(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, out_dim)
         if conditional:
-            self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+            self.norm = RMSNorm(width)
             self.adaLN_modulation = AdaLN(width, 2)
 
     def forward(self, x, c):
@@ -319,14 +327,11 @@ class Mixer(nn.Module):
 
     def __init__(self, tokens, dim, depth):
         super().__init__()
-        self.blocks = nn.ModuleList([MixerBlock(tokens, dim) for _ in range(depth)])
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.blocks = nn.Sequential(*[MixerBlock(tokens, dim) for _ in range(depth)])
+        self.norm = RMSNorm(dim)
 
     def forward(self, x):
-        x = at_least_float32(x)         # as the residual stream of the blocks, under autocast too
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(at_least_float32(x)))      # the residual stream, under autocast too
 
 
 class MixerBlock(nn.Module):
@@ -334,10 +339,10 @@ class MixerBlock(nn.Module):
 
     def __init__(self, tokens, dim):
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm1 = RMSNorm(dim)
         self.tok_mixer = nn.Sequential(nn.Linear(tokens, tokens), nn.SiLU(), nn.Linear(tokens, tokens))
         self.alpha1 = nn.Parameter(torch.zeros(1))
-        self.norm2 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm2 = RMSNorm(dim)
         self.chn_mixer = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
         self.alpha2 = nn.Parameter(torch.zeros(1))
 
@@ -376,8 +381,9 @@ class SiT(Transformer):
         super().__init__(grid, width)
         self.config = {"tokens": tokens, "token_dim": token_dim, "num_classes": num_classes, "size": size,
                        "alpha_max": alpha_max}              # to rebuild it from
-        self.num_classes, self.alpha_max = num_classes, alpha_max
-        self.latent_shape = (grid[0] * grid[1], token_dim)                            # (N, d)
+        self.num_classes = num_classes
+        self.alpha_max = alpha_max
+        self.latent_shape = (math.prod(grid), token_dim)                            # (N, d)
         self.x_embedder = nn.Linear(token_dim, width)
         self.y_embedder = ClassTable(num_classes, width)
         self.blocks = nn.ModuleList([
@@ -413,7 +419,7 @@ class SeparateAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=bias) for _ in range(4))
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity()
                                     for _ in range(2))
 
     def forward(self, x):
@@ -454,7 +460,8 @@ class RAE(nn.Module):
 
     def __init__(self, encoder, decoder, mean, var):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder = encoder
+        self.decoder = decoder
         self.latent_shape = decoder.latent_shape                                            # (N, d)
         self.image_size = (decoder.grid * decoder.patch_size,) * 2
         self.register_buffer("mean", torch.zeros_like(var) if mean is None else mean)
@@ -508,7 +515,9 @@ class RAEDecoder(Transformer):
 
     def __init__(self, token_dim, grid, width, depth, heads, mlp_hidden, patch_size=16):
         super().__init__((grid, grid), width, class_token=True)
-        self.patch_size, self.grid, self.latent_shape = patch_size, grid, (grid**2, token_dim)
+        self.patch_size = patch_size
+        self.grid = grid
+        self.latent_shape = (grid**2, token_dim)
         self.embed = nn.Linear(token_dim, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         norm = partial(nn.LayerNorm, eps=1e-12)
@@ -536,7 +545,9 @@ class SphereTokenizer(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.latent_shape, self.image_size = model, model.latent_shape, model.image_size
+        self.model = model
+        self.latent_shape = model.latent_shape
+        self.image_size = model.image_size
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -599,7 +610,9 @@ def _size(size, named):
 
 def build_model(preset, class_names, latent_shape=None):
     """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer."""
-    p, class_names = preset, class_names if preset.conditional else []
+    p = preset
+    if not p.conditional:
+        class_names = []
     if p.tokenizer:
         model = SiT(*latent_shape, len(class_names), p.denoiser_size, p.alpha_max)
     else:

@@ -82,7 +82,8 @@ def _passes(model, x, y, sigmas, e, s_encoder, s_decoder):
 def _guided(network, inputs, y, s):
     if s == 1:
         return network(inputs, y)
-    output, null = network(inputs, y), network(inputs, None)
+    output = network(inputs, y)
+    null = network(inputs, None)
     return null + s * (output - null)
 
 
@@ -109,9 +110,10 @@ def generate_latent(denoiser, y, steps, cfg=1.0, *, alpha=None, gamma=1.0, sched
 
 def _start(model, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, first, e, official):
     """Classes on the model's device, sigma of steps 2..T, noise of all steps [T, B, N, d]."""
-    device, K = next(model.parameters()).device, model.num_classes
+    device = next(model.parameters()).device
+    K = model.num_classes
     y = torch.as_tensor(y, device=device)
-    if not y.is_floating_point() and not bool(((y >= 0) & (y <= K)).all()):         # floats mix classes
+    if not y.is_floating_point() and ((y < 0) | (y > K)).any():                     # floats mix classes
         raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
     if not 0 <= cfg < math.inf or cfg != 1 and not K:
         raise ValueError(f"cfg must be at least 0, and 1 (off) for a model without classes, got {cfg}")
@@ -285,7 +287,8 @@ def load(path, device="cpu", ema=None, config=None):
         network = SiT if stored["tokenizer"] else SphereEncoder
         model = network(**stored["config"])
         model.load_state_dict(stored["ema"] if ema and "ema" in stored else stored["model"])
-        model.class_names, model.preset = stored["class_names"], stored["preset"]
+        model.class_names = stored["class_names"]
+        model.preset = stored["preset"]
         model.sampling = model.preset["sampling"]
         if stored["tokenizer"]:
             model.attach(load_tokenizer(stored["tokenizer"]).to(device))
@@ -445,7 +448,8 @@ def main(argv=None):
     if min(args.steps, args.count, args.batch_size, args.frames) < 1:
         raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
     out = Path(args.out)
-    args.written, args.arrays = out / "images", []
+    args.written = out / "images"
+    args.arrays = []
     if args.singles == "npz":
         args.written = out / "images.npz"
     if args.singles and (args.written.is_file() or any(args.written.glob("*"))):
@@ -455,6 +459,7 @@ def main(argv=None):
     args.names = [*model.class_names, "null"]
     if args.classes:
         args.classes = [class_number(args.names, word) for word in args.classes]
+    args.in_turn = args.classes or range(max(model.num_classes, 1))
     how = {"cfg": args.cfg, "seed": args.seed, **sampling_options(args.sampling)}
     args.title = ", ".join(f"{name} = {value}" for name, value in {"T": args.steps, **how}.items())
     panels, rows = WORDS[args.word](args, model, how)       # only then a folder: a mistake leaves none
@@ -478,7 +483,8 @@ def class_number(names, word):
 def draw_samples(args, model, how):
     """Images from random points. SE and SLE Alg. 1."""
     draw = sampler(model, **how)
-    classes, shown = args.classes or range(max(model.num_classes, 1)), []
+    classes = args.in_turn
+    shown = []
     y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
     for first in tqdm(range(0, args.count, args.batch_size), unit="batch", disable=None):
         x = draw(model, y[first:first + args.batch_size], args.steps, first=first)
@@ -506,7 +512,7 @@ def draw_interpolations(args, model, how):
     """Images between random points, their classes mixed too. SE Fig. 6."""
     if "shared" in how:
         raise ValueError("interpolate takes no shared; drop it")
-    classes = args.classes or range(max(model.num_classes, 1))
+    classes = args.in_turn
     mixing = WAYS[args.way](args.frames)
     shares = mixing.square() if args.way == "circle" else mixing
     corners = mixing.shape[1]
@@ -538,13 +544,14 @@ def draw_edits(args, model, how):
     if len(args.images) != 1 + crosses or not crosses and not model.num_classes:
         raise ValueError("crossover needs two --images, manipulate one, and a model with classes")
     how = known(how, edit)
-    classes, images = args.classes or range(model.num_classes), open_images(args.images, model.image_size)
+    images = open_images(args.images, model.image_size)
     if crosses:
-        x = crossover(model, *images.split(1), args.classes and classes[:1], args.steps, args.mask, **how)
+        y = args.classes and args.classes[:1]
+        x = crossover(model, *images.split(1), y, args.steps, args.mask, **how)
         panels, names = {"A and B": images[None], "stitched": x[:1].transpose(0, 1)}, []
     else:
-        x = manipulate(model, images[0], classes, args.steps, **how)
-        panels, names = {"image": x[:1].transpose(0, 1)}, [args.names[k] for k in classes]
+        x = manipulate(model, images[0], args.in_turn, args.steps, **how)
+        panels, names = {"image": x[:1].transpose(0, 1)}, [args.names[k] for k in args.in_turn]
     passes = x[1:].transpose(0, 1)                                                          # [B, T, 3, H, W]
     write_singles(args, passes.flatten(0, 1))
     return {**panels, f"after 1 to {args.steps} passes": passes}, names

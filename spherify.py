@@ -24,7 +24,7 @@ def spherify(z, eps=1e-6):
     z / sqrt(mean(z^2) + eps): the norm is sqrt(L) rms / sqrt(rms^2 + eps), so a zero vector (every latent at
     initialisation) stays zero instead of becoming NaN. Works in float32 (float64 if given) whatever autocast
     does: a bf16 factor is off by up to 0.4 %, alike for all elements, and so the radius would be."""
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         z_float = at_least_float32(z)
         mean_square = z_float.square().mean(dim=tuple(range(1, z.ndim)), keepdim=True)
         return (z_float * torch.rsqrt(mean_square + eps)).to(z.dtype)
@@ -41,7 +41,7 @@ def add_noise(v, sigma, e):
     At large L the result stands at the angle arctan(sigma) to v (SE Eq. 12); sigma = 0 gives f(v) = v."""
     if torch.is_tensor(sigma) and sigma.ndim > 0:
         sigma = sigma.reshape(-1, *[1] * (v.ndim - 1))                          # [B, 1, ...]
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v):
         v_float = at_least_float32(v)
         return spherify(v_float + sigma * e.to(v_float.dtype)).to(v.dtype)
 
@@ -122,7 +122,8 @@ def _between(low, high, share, mapping="sigma"):
         raise ValueError(f"alpha_hard must be at least alpha_max, which is at least 0; got {high} and {low}")
     if mapping not in ("sigma", "angle"):
         raise ValueError(f"the mapping must be sigma or angle, got {mapping!r}")
-    least, most = angle_to_sigma(low), angle_to_sigma(high)                 # refuses angles that cannot be
+    least = angle_to_sigma(low)                                             # raises for impossible angles
+    most = angle_to_sigma(high)
     if mapping == "angle":
         return angle_to_sigma(low + share * (high - low))
     return least + share * (most - least)
@@ -190,6 +191,11 @@ def truncate_noise(e, bound):
     x, outside = e.cpu().double(), torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))    # one tail
     beyond = torch.special.ndtr(-x.abs())                       # a lower tail keeps more digits than an upper
     return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * x.sign()).to(e.dtype).to(e.device)
+
+
+def full_precision(x):
+    """A context in which autocast changes nothing on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x):

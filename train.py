@@ -45,8 +45,10 @@ from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4
 HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
-BETAS, CLIP = (0.9, 0.95), 1.0      # of AdamW, and the largest norm of the gradient, as in the official code
-LOG_EVERY, SAVE_EVERY = 10, 1000    # iterations; checkpoints and pictures come ten times a run at least
+BETAS = (0.9, 0.95)                 # of AdamW, as in the official code
+CLIP = 1.0                          # largest norm of the gradient, likewise
+LOG_EVERY = 10                      # iterations
+SAVE_EVERY = 1000                   # iterations at most, to a checkpoint and pictures; ten times a run or more
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
 SPLITS = ("train", "val", "valid", "validation", "test")        # names of folders that are not classes
 
@@ -203,7 +205,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
 
     Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
     KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came."""
-    out, device = Path(out), start_process(device)
+    out = Path(out)
+    device = start_process(device)
     rank, world = process_rank()
     with interruptible() as interrupted:
         # What is trained, on what.
@@ -381,8 +384,11 @@ def random_draws(preset, seed, step):
 
     returns  flip [B], drop [4, B] (null class in E(x), D(v_NOISY), D(v_noisy), E(D(v_NOISY)); of a denoiser,
              in its two or three passes), sigma [B], sigma_sub [B]"""
-    B, generator = preset.batch_size, seeded(seed, "draws", step)
-    alpha, hard, mapping = preset.alpha_max, preset.alpha_hard or None, preset.mapping
+    B = preset.batch_size
+    generator = seeded(seed, "draws", step)
+    alpha = preset.alpha_max
+    hard = preset.alpha_hard or None
+    mapping = preset.mapping
     if preset.tokenizer:
         sigma, sigma_sub = logit_normal_sigmas(B, alpha, *preset.noise, mapping, generator)
     elif mapping == "official":
@@ -531,7 +537,8 @@ def wrapped(model, preset, device, compile, activation_checkpointing):
 def mean_over_window(window, done, interrupted):
     """Empty the window of the last iterations: means over iterations and processes by name, and whether a
     process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
-    names, first = [*window[0]], done - len(window) + 1
+    names = [*window[0]]
+    first = done - len(window) + 1
     values = torch.stack([torch.stack([*row.values()]) for row in window]).cpu().double()         # [k, names]
     values = F.pad(values, (0, 1), value=float(len(interrupted)))                           # one column more
     window.clear()
@@ -602,7 +609,8 @@ def draw(out, step, model, data):
     columns = max(5, 20 // len(classes))
     places = [(data.targets == c).nonzero()[:, 0].repeat(columns)[:columns] for c in classes]
     images, y = data[torch.cat(places).tolist()]            # a small class repeats
-    x, y = to_float(images), y * (model.num_classes > 0)
+    x = to_float(images)
+    y = y * (model.num_classes > 0)
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     panels = {title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}
@@ -659,7 +667,8 @@ def flowers102(root):
 
 def joined(parts):
     """All (paths, classes) as one."""
-    paths, classes = [], []
+    paths = []
+    classes = []
     for more_paths, more_classes in parts:
         paths += more_paths
         classes += more_classes
@@ -714,7 +723,7 @@ def animal_faces(root):
     return [joined(parts)], names
 
 
-# A new data set is a reader (see the head of this section) and a line here. --list uses the number of classes.
+# A new data set is a reader (see the head of this section) and a line here; the numbers are for --list.
 DATA_SETS = {
     "digits": (digits, 10),
     "fashion-mnist": (partial(downloaded, "fashion-mnist", torchvision_set, datasets.FashionMNIST), 10),
