@@ -189,7 +189,7 @@ class Decoder(ViT):
         self.initialize(self.ffn.linear)
         for module in self.x_embedder.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=1.0)      # released init; ReZero hides the Mixers at first
+                nn.init.normal_(module.weight)      # deviation 1, as released; ReZero hides the Mixers
         for module in self.out.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1), gain=0.01)        # of a matrix, as released
@@ -476,7 +476,7 @@ class RAE(nn.Module):
         Raises OSError that says which file to place where."""
         os.environ.setdefault("XFORMERS_DISABLED", "1")         # if installed, its attention fails on a CPU
         try:
-            encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True, verbose=False)
+            encoder = torch.hub.load(*DINOV2, trust_repo=True, skip_validation=True)
         except Exception as error:                              # as in pretrained
             hub = torch.hub.get_dir()
             raise OSError(f"DINOv2 is missing or damaged ({error!r}); place github.com/facebookresearch/"

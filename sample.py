@@ -486,7 +486,7 @@ def draw_samples(args, model, how):
     classes = args.in_turn
     shown = []
     y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
-    for first in tqdm(range(0, args.count, args.batch_size), unit="batch", disable=None):
+    for first in tqdm(range(0, args.count, args.batch_size), disable=None):
         x = draw(model, y[first:first + args.batch_size], args.steps, first=first)
         write_singles(args, x, first)
         shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable

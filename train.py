@@ -48,7 +48,7 @@ HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
 BETAS = (0.9, 0.95)                 # of AdamW, as in the official code
 CLIP = 1.0                          # largest norm of the gradient, likewise
 LOG_EVERY = 10                      # iterations
-SAVE_EVERY = 1000                   # iterations at most, to a checkpoint and pictures; ten times a run or more
+SAVE_EVERY = 1000                   # iterations at most to a checkpoint and pictures; ten times a run or more
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
 SPLITS = ("train", "val", "valid", "validation", "test")        # names of folders that are not classes
 
@@ -246,7 +246,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
 
         if rank == 0:
             print(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
-                  f"{len(held_out or ())} held out; iterations {start:,} to {total:,}")
+                  f"{len(held_out or ())} held out; iterations {start} to {total}")
             if not stored:
                 save(0)                                     # from here on the folder is a run to resume
         model.train()
@@ -462,8 +462,12 @@ def must_equal(stored, settings, out):
 
 
 def cut_logs(out, step):
-    """Cut the logs of a run back to the step of its checkpoint. What else is newer, pictures and best.pt, is
-    made again when its step is reached again."""
+    """Cut the logs of a run back to the step of its checkpoint, remove what killed writers left. What else is
+    newer, pictures and best.pt, is made again when its step is reached again. By the first process alone."""
+    if not is_first_process():
+        return
+    for path in out.glob("*.tmp"):
+        path.unlink()
     for path in (out / "log.jsonl", out / "evaluations.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -631,7 +635,7 @@ def plot_losses(path, lines):
     axes.set(yscale="log", ylim=(1e-5, None), xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.minorticks_off()                                   # half of the time of a plot
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    axes.figure.savefig(path, dpi=100, bbox_inches="tight")
+    axes.figure.savefig(path, bbox_inches="tight")
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -966,7 +970,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
 def judged_right(sets, columns, real, real_classes):
     """Share of images that a support vector classifier, trained on the real ones, puts into their class."""
     from sklearn.svm import SVC
-    judge = SVC(gamma="scale", C=10).fit(real.features, real_classes)
+    judge = SVC(C=10).fit(real.features, real_classes)
     return {title: judge.score(images.features, sets[title].targets) for title, images in columns.items()}
 
 
@@ -1033,7 +1037,7 @@ OPTIONS = {
 
 def command_line(argv):
     """What was given, {name: value}."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="digits")
     name = first.parse_known_args(argv)[0].preset
     parser = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", __doc__,

@@ -324,8 +324,10 @@ def test_a_run_begins_from_a_checkpoint_of_these_or_of_other_classes(trained, fo
 def test_a_finished_run_stays_as_it_is(unbroken, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
+    (run / "last.pt.of-a-killed-writer.tmp").write_bytes(b"half")
     command("--out", run, "--resume")
     assert_same_run(run, unbroken)
+    assert not [*run.glob("*.tmp")]
     for words, named in (("--seed 1", "already holds a run"), ("--resume --lr 0.5", "lr 0.005, not 0.5"),
                          ("--resume --seed 9", "seed 1, not 9"),
                          ("--resume --preset digits-tokenizer", "conditional True, not False")):
