@@ -72,7 +72,7 @@ def sphere_encoder_loss(model, x, y, sigma, sigma_sub, e, weights=(1, 1, 1, 1, 0
     weights     of WEIGHT_NAMES, in that order; a pass that only zero weights would use is not computed
     perceptual  see pixel_reconstruction_loss
     swd_weight  of the sliced Wasserstein loss of E(x), a regularisation that the paper tries and drops; its
-                directions are those of e, of at most L images, made orthogonal (assumed)
+                directions are e of its images, made orthogonal (assumed: no draw of its own)
     returns     loss, {name: unweighted part}; the parts are detached and stay on the device"""
     recon_l1, recon_perceptual, con_l1, con_perceptual, lat_con = weights
     y_clean, y_NOISY, y_noisy, y_again = y if y.ndim == 2 else [y] * 4
@@ -135,8 +135,8 @@ def sphere_quantiles(n, L):
 def orthogonal_directions(gaussian):
     """Orthonormal random directions, uniform among all such sets: Rowland et al. 2019, Alg. 3.
 
-    gaussian  [L, M] of standard Gaussian numbers, M <= L
-    returns   [L, M] with orthonormal columns"""
+    gaussian  [L, M] of standard Gaussian numbers
+    returns   [L, min(L, M)] with orthonormal columns"""
     Q, R = torch.linalg.qr(gaussian)
     return Q * R.diagonal().sign()                          # the signs make Q uniform (Haar)
 

@@ -66,7 +66,7 @@ class SphereEncoder(nn.Module):
         self.num_classes = num_classes
         self.alpha_max = alpha_max
         grid = (H // patch_size, W // patch_size)
-        self.latent_shape = (math.prod(grid), latent_dim)                           # (N, d)
+        self.latent_shape = (math.prod(grid), latent_dim)                             # (N, d)
         self.encoder = Encoder(grid, patch_size, latent_dim, num_classes if encoder_classes else 0,
                                encoder_size, mixer_depth)
         self.norm = nn.BatchNorm1d(math.prod(self.latent_shape), affine=False) if batch_norm else None
@@ -383,7 +383,7 @@ class SiT(Transformer):
                        "alpha_max": alpha_max}              # to rebuild it from
         self.num_classes = num_classes
         self.alpha_max = alpha_max
-        self.latent_shape = (math.prod(grid), token_dim)                            # (N, d)
+        self.latent_shape = (math.prod(grid), token_dim)                              # (N, d)
         self.x_embedder = nn.Linear(token_dim, width)
         self.y_embedder = ClassTable(num_classes, width)
         self.blocks = nn.ModuleList([

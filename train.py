@@ -1037,7 +1037,7 @@ OPTIONS = {
 
 def command_line(argv):
     """What was given, {name: value}."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="digits")
     name = first.parse_known_args(argv)[0].preset
     parser = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", __doc__,
