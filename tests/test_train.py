@@ -14,6 +14,7 @@ import sys
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -963,6 +964,22 @@ def test_a_stale_or_damaged_cache_is_refused_by_name_and_left(tokenizer, tmp_pat
     with pytest.raises(ValueError) as error:
         train.cached_latents(path, data, tokenizer, what == "flip", "cpu", 0)
     assert str(path) in str(error.value) and path.read_bytes() == before
+
+
+def test_two_writers_of_a_cache_at_once_both_end_with_a_whole_file(tokenizer, tmp_path):
+    """The second, of another process, begins and ends while the first encodes."""
+    data, path, others = load_data(TINY)[0], tmp_path / "latents.npy", []
+
+    def encode(x):
+        if not others:
+            others.append(None)
+            others[0] = train.cached_latents(path, data, tokenizer, False, "cpu", 0)[range(1500)][0].copy()
+        return tokenizer.encode(x)
+
+    slow = SimpleNamespace(latent_shape=tokenizer.latent_shape, encode=encode)
+    latents = train.cached_latents(path, data, slow, False, "cpu", 0)[range(1500)][0]
+    assert latents.shape == (1500, 1, 16, 4) and np.array_equal(latents, others[0])
+    assert (np.abs(latents).max((1, 2, 3)) > 0).all() and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_denoiser_trains_on_rae_latents_and_its_checkpoint_finds_the_rae_again(folder, hub, tmp_path):
