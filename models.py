@@ -209,7 +209,8 @@ class LinearHead(nn.Module):
         self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
 
     def forward(self, tokens):
-        (h, w), P = self.grid, self.patch_size
+        h, w = self.grid
+        P = self.patch_size
         x = tokens.view(-1, h, w, 3, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, 3, h, P, w, P]
         return torch.tanh(self.conv(x.reshape(-1, 3, h * P, w * P)))                        # [B, 3, H, W]
 

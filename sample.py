@@ -548,10 +548,12 @@ def draw_edits(args, model, how):
     if crosses:
         y = args.classes and args.classes[:1]
         x = crossover(model, *images.split(1), y, args.steps, args.mask, **how)
-        panels, names = {"A and B": images[None], "stitched": x[:1].transpose(0, 1)}, []
+        panels = {"A and B": images[None], "stitched": x[:1].transpose(0, 1)}
+        names = []
     else:
         x = manipulate(model, images[0], args.in_turn, args.steps, **how)
-        panels, names = {"image": x[:1].transpose(0, 1)}, [args.names[k] for k in args.in_turn]
+        panels = {"image": x[:1].transpose(0, 1)}
+        names = [args.names[k] for k in args.in_turn]
     passes = x[1:].transpose(0, 1)                                                          # [B, T, 3, H, W]
     write_singles(args, passes.flatten(0, 1))
     return {**panels, f"after 1 to {args.steps} passes": passes}, names

@@ -111,7 +111,9 @@ def official_sigmas(batch, alpha_max, alpha_hard=None, hard_prob=0.1, generator=
         inner = (torch.arange(batch - 2) + torch.rand(batch - 2, generator=generator)) / (batch - 2)
         return torch.cat([inner, torch.tensor([0.0, 1.0])])[torch.randperm(batch, generator=generator)]
 
-    base, s, decides = _between(0, alpha_max, spread()), spread(), torch.rand(batch, generator=generator)
+    base = _between(0, alpha_max, spread())
+    s = spread()
+    decides = torch.rand(batch, generator=generator)
     hard = base if alpha_hard is None else _between(alpha_max, alpha_hard, decides)
     return torch.where(decides < hard_prob, hard, base), 0.5 * s * base
 
@@ -188,7 +190,8 @@ def truncate_noise(e, bound):
     dtype of e. Raises ValueError for a bound that is not above 0."""
     if not bound > 0:
         raise ValueError(f"the bound of a truncated prior must be above 0, got {bound}")
-    x, outside = e.cpu().double(), torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))    # one tail
+    x = e.cpu().double()
+    outside = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))                 # of one tail
     beyond = torch.special.ndtr(-x.abs())                       # a lower tail keeps more digits than an upper
     return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * x.sign()).to(e.dtype).to(e.device)
 

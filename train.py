@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from torchvision import datasets
 from tqdm import tqdm
 
-from fid import (ImageSet, compare, errors_in_one_line, extract_or_keep, extracted, feature_network,
+from fid import (HIDDEN, ImageSet, compare, errors_in_one_line, extract_or_keep, extracted, feature_network,
                  find_images, images_or_statistics, is_first_process, is_grey, nearest_neighbours,
                  pick_device, to_uint8, whole_file)
 from losses import DISTANCES, Objective
@@ -512,11 +512,12 @@ def build(preset, class_names, tokenizer, seed, device, stored):
         network.sampling = preset.sampling
         if tokenizer:
             network.attach(tokenizer)
-    sampler(ema)(ema, [0], 2)                               # raises now for sampling that cannot be
     if stored:
         model.load_state_dict(stored["model"])
         ema.load_state_dict(stored["ema"])
         optimizer.load_state_dict(stored["optimizer"])
+    else:
+        sampler(ema)(ema, [0], 2)                           # raises now for sampling that cannot be
     return model, ema, optimizer
 
 
@@ -671,12 +672,8 @@ def flowers102(root):
 
 def joined(parts):
     """All (paths, classes) as one."""
-    paths = []
-    classes = []
-    for more_paths, more_classes in parts:
-        paths += more_paths
-        classes += more_classes
-    return paths, classes
+    paths, classes = zip(*parts)
+    return sum(paths, []), sum(classes, [])
 
 
 def downloaded(name, read, *arguments):
@@ -700,7 +697,8 @@ def image_folder(root):
     folder has no such two folders, all its images are trained on. The folders of training images are classes;
     if there are fewer than two, all images are of class 0.
     Raises ValueError for held-out images of other classes."""
-    folders = {path.name.lower(): path for path in root.glob("[!.@_]*") if path.is_dir()}       # not HIDDEN
+    folders = {path.name.lower(): path for path in root.iterdir()
+               if path.is_dir() and not path.name.startswith(HIDDEN)}
     roots = [folders[name] for name in SPLITS if name in folders][:2]
     if "train" not in folders or len(roots) < min(2, len(folders)):
         roots = [root]
@@ -708,7 +706,8 @@ def image_folder(root):
     names = sorted({*groups[0].values()} - {""})
     number = {name: k for k, name in enumerate(names)}
     if len(names) < 2:
-        names, number = [], {"": 0, **number}
+        names = []
+        number[""] = 0
     parts = []
     for folder, group in zip(roots, groups):
         paths = [path for path, name in group.items() if name in number]
@@ -1122,7 +1121,8 @@ def list_presets():
         N, d = model.latent_shape
         parameters = sum(p.numel() for p in model.parameters())
         print_row(name, [preset.image_size, N, N * d, f"{parameters:,}", *costs[name].values()])
-    se, sle = costs["imagenet-xl"], costs["imagenet-latent"]
+    se = costs["imagenet-xl"]
+    sle = costs["imagenet-latent"]
     print_row("imagenet-xl / -latent", [f"{se[T] / sle[T]:.2f}" for T in se if T.startswith("T")])
     print("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode.\n"
           "The quotients are of T = 1, 2, 4 and 6. Folders are listed as if they had 10 classes.")

@@ -576,6 +576,8 @@ def images_at(root, paths, preset="folder"):
     ("Train/cat/1 Train/dog/1 Test/dog/1", [0, 1], [1], ["cat", "dog"], "Test"),
     ("train/1 val/1 other/1", [0], [0], [], "val"),
     ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"], ""),           # railways, no split
+    ("train/1 _bus/1", [1, 0], None, ["_bus", "train"], ""),
+    ("train/a/1 train/b/1 .git/1", [0, 1], None, ["a", "b"], ""),
     ("val/1 test/1", [1, 0], None, ["test", "val"], ""),
     ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], ""), ("a/1 cover", [0, 0], None, [], ""),
     ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "images")])
