@@ -48,47 +48,35 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1, sigma2  [D, D]  covariances, symmetric; may be rank-deficient
     returns         float, clamped at 0 against rounding
 
-    The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'; they
-    are the roots of the eigenvalues of the symmetric C1' S2 C1. So no matrix square root and no epsilon is
-    needed: directions without variance are dropped, since they add nothing to the trace."""
+    The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'. So no
+    matrix square root and no epsilon is needed: directions without variance are dropped, since they add
+    nothing to the trace. Raises ValueError for covariances of unequal sizes, or that cannot be one."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).cpu().double() for a in (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape:
         raise ValueError(f"features of {len(mu1)} and of {len(mu2)} dimensions cannot be compared")
-    sigma1 = (sigma1 + sigma1.T) / 2
-    sigma2 = (sigma2 + sigma2.T) / 2
-    C1, regular1 = _factor(sigma1)
-    C2, regular2 = _factor(sigma2)
-    if regular1 and regular2:
-        roots = torch.linalg.eigvalsh(C1.T @ sigma2 @ C1).clamp(min=0).sqrt()       # three times as fast
-    else:
-        roots = torch.linalg.svdvals(C1.T @ C2)                 # a root would turn a rounded 0 into 1e-8
+    roots = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2))
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * roots.sum()
     return max(distance.item(), 0.0)
 
 
 def _factor(sigma):
-    """C [D, rank] with C C' = sigma, and whether sigma is far from singular: then a Cholesky factor."""
-    C, failed = torch.linalg.cholesky_ex(sigma)
-    pivots = C.diagonal().square()
-    if not failed and pivots.min() > 1e-6 * pivots.max():
-        return C, True
-    w, V = torch.linalg.eigh(sigma)
+    """C [D, rank] with C C' = sigma."""
+    w, V = torch.linalg.eigh((sigma + sigma.T) / 2)
+    if w[0] < -1e-3 * w[-1]:
+        raise ValueError("sigma of one of the two sets has a negative eigenvalue, so it is no covariance")
     keep = w > w[-1] * len(w) * torch.finfo(torch.float64).eps
-    return V[:, keep] * w[keep].sqrt(), False
+    return V[:, keep] * w[keep].sqrt()
 
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of the predicted classes, for each of several parts of the images.
 
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
-    returns  (mean, standard deviation) over the parts, at most the images of a part: a warning says so if
-             these are fewer than the classes. Raises ValueError if there are no more images than parts"""
-    n, classes = logits.shape
+    returns  (mean, standard deviation) over the parts, at most the images of a part; published ones use 50,000
+             images. Raises ValueError if there are no more images than parts"""
+    n = len(logits)
     if n <= splits:
         raise ValueError(f"an Inception Score of {splits} parts needs more than {splits} images, got {n}")
-    if n < splits * classes:
-        warnings.warn(f"the Inception Score of {n} images in {splits} parts is at most {n / splits:g}; "
-                      f"published ones use 50,000 images")
     scores = []
     order = np.random.RandomState(2020).permutation(n)
     for part in np.split(order, [i * n // splits for i in range(1, splits)]):
@@ -222,8 +210,7 @@ def load_statistics(path, features):
                 if x.dtype != torch.uint8 or x.shape[1] != 3:
                     raise ValueError("arr_0 is not uint8 [n, height, width, 3]")
                 return x
-            mu = file["mu"]
-            sigma = file["sigma"]
+            mu, sigma = (file[name].astype(float, casting="safe") for name in ("mu", "sigma"))
             if sigma.shape != mu.shape * 2 or not np.isfinite(mu.sum() + sigma.sum()):
                 raise ValueError("sigma is not [D, D], or mu or sigma is not finite")
             with contextlib.suppress(KeyError, ValueError):             # these may be another tool's arrays
@@ -441,10 +428,10 @@ class ImageSet:
 
 
 @contextlib.contextmanager
-def whole_file(path, overwrite=True, sync=True):
+def whole_file(path, sync=True):
     """A binary file to write beside a path, which takes the path's name when it is whole and is removed if
-    not; with sync it is on the disk by then, whatever the power does. Without overwrite, a file that another
-    process wrote meanwhile stays. Raises OSError naming the path if it cannot be written."""
+    not; with sync it is on the disk by then, whatever the power does. Raises OSError naming the path if it
+    cannot be written."""
     path = Path(path)
     os.makedirs(path.parent, exist_ok=True)
     beside = Path(f"{path}.{uuid4()}.tmp")                  # of this writer alone
@@ -454,8 +441,7 @@ def whole_file(path, overwrite=True, sync=True):
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        if overwrite or not path.exists():
-            os.replace(beside, path)
+        os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         for cause in (error, error.__context__):            # torch.save hides the second behind its own
             if isinstance(cause, OSError) and cause.strerror:           # such as a full disk
@@ -488,27 +474,61 @@ def errors_in_one_line(program):
     """Turns a user's mistake into one line, "program: message", and exit code 2, for every command.
 
     A mistake is a ValueError, OSError, FloatingPointError or KeyboardInterrupt (exit code 130); any other
-    exception is one of ours and keeps its traceback. Warnings become such lines, too."""
+    exception is one of ours and keeps its traceback. Warnings become such lines, too. If nobody reads what is
+    printed any more, the program ends."""
     first = is_first_process()
     warnings.formatwarning = lambda message, *_: f"{program}: {message}\n" if first else ""
-    if hasattr(sys.stdout, "reconfigure"):
+    with contextlib.suppress(AttributeError):               # of another kind of stream
         sys.stdout.reconfigure(errors="replace", line_buffering=True)       # a console may lack a letter
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
-        if program != "train.py" and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError("runs as one process; only train.py runs under torchrun")
+        if program != "train.py" and not alone or alone and not first:
+            raise ValueError("only train.py runs as several processes, and only torchrun starts them (RANK, "
+                             "WORLD_SIZE)")
         yield
+    except BrokenPipeError:
+        os._exit(0)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if not first:
             time.sleep(10)      # if the first process makes the same mistake, torchrun ends this one now
-        lines = str(error).splitlines() or ["interrupted"]
-        print(f"{program}: {lines[-1]}", file=sys.stderr)   # a DataLoader puts a traceback before it
+        message = " ".join(str(error).split()) or "interrupted"
+        print(f"{program}: {message}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a program, of which a wrong one is a mistake like any other."""
+
+    def __init__(self, program, description=None, **options):
+        super().__init__(program, f"{program} [options]; --help lists them", description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def whole_number(text, least=0):
+    """0, 1, 2, ..."""
+    if int(text) < least:
+        raise ValueError
+    return int(text)
+
+
+def positive(text):
+    """1, 2, 3, ..."""
+    return whole_number(text, 1)
+
+
+def number(text):
+    """A number from 0 to a billion."""
+    if not 0 <= float(text) < 1e9:
+        raise ValueError
+    return float(text)
 
 
 @errors_in_one_line("fid.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser("fid.py", "fid.py A [B] [options]; --help lists them", __doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("fid.py", __doc__)
     add = parser.add_argument
     add("images", metavar="A", help="generated images: a folder, or an npz file of images or of statistics")
     add("reference", metavar="B", nargs="?", help="real ones, likewise")
@@ -524,7 +544,7 @@ def main(argv=None):
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
     device = pick_device(args.device)
     sets = [images_or_statistics(path, args.features) for path in (args.images, args.reference) if path]
-    saved = whole_file(args.save, overwrite=False) if args.save else contextlib.nullcontext()
+    saved = whole_file(args.save) if args.save else contextlib.nullcontext()
     with saved as file:                                     # a place that cannot be written to fails now
         network = lru_cache(partial(feature_network, args.features, device))
         sets = [extract_or_keep(images, network, device) for images in sets]

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spherify import angle_to_sigma, at_least_float32, spherify
@@ -93,7 +93,9 @@ class SphereEncoder(nn.Module):
 
 def labels_or_null(batch, y, num_classes):
     """Classes [B] of a batch, or floats [B, K + 1] that mix class vectors; None is the null class for all."""
-    return torch.full((len(batch),), num_classes, device=batch.device) if y is None else y
+    if y is None:
+        return torch.full((len(batch),), num_classes, device=batch.device)
+    return torch.as_tensor(y, device=batch.device)
 
 
 # ---- Encoder and decoder -----------------------------------------------------------------------------------
@@ -599,8 +601,8 @@ def _angles(grid, count):
 
 def _size(size, named):
     """(width, depth, heads) of a size that is given so, or by its name."""
-    size = named.get(size, size) if isinstance(size, str) else size
-    if isinstance(size, str) or size[0] % (4 * size[2]):
+    size = named.get(str(size), size)
+    if str(size).count(",") != 2 or min(size) < 1 or size[0] % (4 * size[2]):
         raise ValueError(f"a size must be one of {', '.join(named)}, or width,depth,heads where the width is "
                          f"a multiple of 4 heads; got {size!r}")
     return size
@@ -609,17 +611,20 @@ def _size(size, named):
 # ---- Building ----------------------------------------------------------------------------------------------
 
 
-def build_model(preset, class_names, latent_shape=None):
-    """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer."""
+def build_model(preset, class_names, latent_shape=None, generator=torch.Generator()):
+    """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer. The seed of
+    a generator decides its weights, and the global random state is left alone."""
     p = preset
     if not p.conditional:
         class_names = []
-    if p.tokenizer:
-        model = SiT(*latent_shape, len(class_names), p.denoiser_size, p.alpha_max)
-    else:
-        model = SphereEncoder(p.image_size, p.patch_size, p.latent_dim, len(class_names), p.encoder_size,
-                              p.decoder_size, p.mixer_depth, p.pixel_head, p.alpha_max, p.encoder_classes,
-                              p.batch_norm)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        if p.tokenizer:
+            model = SiT(*latent_shape, len(class_names), p.denoiser_size, p.alpha_max)
+        else:
+            model = SphereEncoder(p.image_size, p.patch_size, p.latent_dim, len(class_names), p.encoder_size,
+                                  p.decoder_size, p.mixer_depth, p.pixel_head, p.alpha_max, p.encoder_classes,
+                                  p.batch_norm)
     model.class_names = class_names
     return model
 
@@ -659,6 +664,15 @@ def parameter_groups(model, encoder_scale, weight_decay):
     return groups
 
 
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """Move the averaged weights towards the model's."""
+    decay = min(decay, (1 + step) / (10 + step))        # assumed; else short runs keep initial zeros
+    get_ema_multi_avg_fn(decay)([*ema.parameters()], [*model.parameters()], None)
+    for average, buffer in zip(ema.buffers(), model.buffers()):             # statistics of a batch norm
+        average.copy_(buffer)
+
+
 def take_weights(model, weights):
     """Load the weights whose name and shape fit; returns how many. Raises ValueError if none does."""
     own = model.state_dict()
@@ -668,13 +682,6 @@ def take_weights(model, weights):
         raise ValueError("no weights of such a model: --init")
     model.load_state_dict(fits, strict=False)
     return len(fits)
-
-
-def compute_again(model):
-    """Compute activations within blocks again in the backward pass, instead of keeping them."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ---- Released weights --------------------------------------------------------------------------------------

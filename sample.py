@@ -9,6 +9,7 @@ import argparse
 import inspect
 import json
 import math
+import zipfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from fid import errors_in_one_line, pick_device, read_image, to_uint8, whole_file
+from fid import (Parser, errors_in_one_line, is_first_process, number, pick_device, positive, read_image,
+                 to_uint8, whole_file, whole_number)
 from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule, truncate_noise
 
@@ -40,8 +42,9 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, schedule=None, 
     """Images from random points of the sphere, in T steps. SE Eq. 3, Alg. 1.
 
     model     SphereEncoder
-    y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model. Or floats
-              [B, K + 1], mixing weights over the class embeddings; see interpolate
+    y         [B] int64, classes 0..K; K is the null class, the only one of an unconditional model; one class,
+              or None, the null class, makes one image. Or floats [B, K + 1], mixing weights over the class
+              embeddings; see interpolate
     steps     T >= 1: one decode, then T - 1 times encode, add noise, decode
     cfg       guidance scale s >= 0; 1 is no guidance, and then no second pass
     alpha     degrees, angle of the noise at r = 1; None is the model's own alpha_max
@@ -80,9 +83,9 @@ def _passes(model, x, y, sigmas, e, s_encoder, s_decoder):
 
 
 def _guided(network, inputs, y, s):
-    if s == 1:
-        return network(inputs, y)
     output = network(inputs, y)
+    if s == 1:
+        return output
     null = network(inputs, None)
     return null + s * (output - null)
 
@@ -112,9 +115,9 @@ def _start(model, y, steps, cfg, alpha, gamma, schedule, shared, bound, seed, fi
     """Classes on the model's device, sigma of steps 2..T, noise of all steps [T, B, N, d]."""
     device = next(model.parameters()).device
     K = model.num_classes
-    y = torch.as_tensor(y, device=device)
-    if not y.is_floating_point() and ((y < 0) | (y > K)).any():                     # floats mix classes
-        raise ValueError(f"y must be a list of classes 0..{K} ({K} is the null class), got {y.tolist()}")
+    y = torch.atleast_1d(torch.as_tensor(K if y is None else y, device=device))
+    if not len(y) or not y.is_floating_point() and ((y < 0) | (y > K)).any():       # floats mix classes
+        raise ValueError(f"y must be a list of classes 0..{K}, of which the last is null; got {y.tolist()}")
     if not 0 <= cfg < math.inf or cfg != 1 and not K:
         raise ValueError(f"cfg must be at least 0, and 1 (off) for a model without classes, got {cfg}")
     sigma_max = angle_to_sigma(model.alpha_max if alpha is None else alpha)
@@ -152,8 +155,6 @@ def reconstruct(model, x, y=None):
     """D(f(E(x))): encode, project, decode, no noise. SE Eq. 1-2. For a denoiser, D(E(x)) of its tokenizer.
     x [B, 3, H, W] in [-1, 1], y [B] or None: the null class, the paper's default."""
     x = x.to(next(model.parameters()).device)
-    if y is not None:
-        y = torch.as_tensor(y, device=x.device)
     if isinstance(model, SiT):
         return model.tokenizer.decode(model.tokenizer.encode(x))
     return model.decode(spherify(model.encode(x, y)), y)
@@ -178,8 +179,8 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=
     e = torch.einsum("fc,cnd->fnd", F.normalize(mixing, dim=1), e)                          # [F, N, d]
     classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
     shares = mixing if shares is None else torch.as_tensor(shares, device=device)
-    return sampler(model)(model, shares @ classes, steps, cfg, e=e.expand(steps, -1, -1, -1), shared=False,
-                          **options)
+    draw = sampler(model, e=e.expand(steps, -1, -1, -1), shared=False, **options)
+    return draw(model, shares @ classes, steps, cfg)
 
 
 def line(frames):
@@ -213,7 +214,7 @@ def edit(model, x, y, steps, cfg=1.0, *, r=1.0, gamma=0.0, alpha=None, shared=Tr
     returns  [T + 1, B, 3, H, W]: x, and the image after every pass
     Raises ValueError as generate does, for r outside [0, 1], and for another kind of model."""
     if not isinstance(model, SphereEncoder) or not 0 <= r <= 1:
-        raise ValueError(f"edits need a Sphere Encoder and r in [0, 1], got a {type(model).__name__} and {r}")
+        raise ValueError("edits need a Sphere Encoder, and r in [0, 1]")
     y, sigmas, e = _start(model, y, steps + 1, cfg, alpha, gamma, "eq13", shared, None, seed, 0, None, False)
     sigmas = [r * sigma for sigma in sigmas]
     return torch.stack(_passes(model, x.to(y.device), y, sigmas, e, *_scales(cfg, position)))
@@ -243,7 +244,9 @@ def crossover(model, a, b, y=None, steps=10, mask="left-right", *, r=0.25, gamma
 
 
 def write_checkpoint(path, model, preset, **more):
-    """Write what sampling needs, and more; the name always has a whole file."""
+    """Write what sampling needs, and more, by the first process; the name always has a whole file."""
+    if not is_first_process():
+        return
     tokenizer = getattr(model, "tokenizer", None)
     if isinstance(tokenizer, SphereTokenizer):
         tokenizer = {"config": tokenizer.model.config, "weights": tokenizer.model.state_dict()}
@@ -254,15 +257,18 @@ def write_checkpoint(path, model, preset, **more):
 
 
 def read_checkpoint(path, key="config"):
-    """The dictionary in a checkpoint; its tensors stay on disk until they are used. Raises ValueError, naming
-    the path, if it is missing, damaged or lacks the key."""
+    """The dictionary in a checkpoint. Raises ValueError, naming the path, if it is missing, damaged or lacks
+    the key."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                           # of its checksums, which torch.load does not read
+                raise ValueError("it has changed since it was written")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:                              # torch.load knows a dozen kinds
-        raise ValueError(f"{path}: no checkpoint, or damaged; only tensors and plain values are read, since "
-                         f"objects can run code ({str(error).partition('.')[0]})") from None
+        raise ValueError(f"{path}: no checkpoint of torch.save, or damaged; only tensors and plain values are "
+                         f"read, since objects can run code ({str(error).partition('.')[0]})") from None
     if not isinstance(checkpoint, dict) or key not in checkpoint:
         raise ValueError(f"{path}: it has no {key}; a checkpoint of train.py has one, the official code's "
                          f"needs its cfg.json: --config")
@@ -276,36 +282,36 @@ def load(path, device="cpu", ema=None, config=None):
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
-    Raises OSError or ValueError that names the file, and the weights that do not fit."""
+    Raises OSError or ValueError that names the file, and the weights that do not fit or are not finite."""
+    stored = read_checkpoint(path, "ema_model" if config else "tokenizer")
     try:
-        stored = read_official(path, config) if config else read_checkpoint(path, "tokenizer")
+        if config:
+            settings = convert_official_config(json.loads(Path(config).read_bytes()))
+            stored = {"config": settings, "class_names": [str(k) for k in range(settings["num_classes"])],
+                      "preset": {"sampling": {}, "use_ema": False}, "tokenizer": None,
+                      "model": convert_official(stored["model"]), "ema": convert_official(stored["ema_model"])}
         own = stored["preset"]["use_ema"]
         if ema is None:
             ema = own
         if "ema" not in stored and ema != own:
-            raise ValueError(f"{path} has no choice of weights, last.pt does; leave --[no-][use-]ema out")
+            raise ValueError("it has no choice of weights, last.pt does; leave --[no-][use-]ema out")
+        weights = stored.get("ema", stored["model"]) if ema else stored["model"]
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some weights are not finite")
         network = SiT if stored["tokenizer"] else SphereEncoder
         model = network(**stored["config"])
-        model.load_state_dict(stored["ema"] if ema and "ema" in stored else stored["model"])
+        model.load_state_dict(weights)
         model.class_names = stored["class_names"]
         model.preset = stored["preset"]
         model.sampling = model.preset["sampling"]
         if stored["tokenizer"]:
             model.attach(load_tokenizer(stored["tokenizer"]).to(device))
-        return model.to(device).eval()
-    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+    except OSError:
+        raise
+    except Exception as error:                              # whatever a file may hold instead
         raise ValueError(f"{path}: no model can be built from it and {config or 'its own settings'} "
-                         f"({why})") from None
-
-
-def read_official(path, config):
-    """A checkpoint of the official code and its cfg.json, as if train.py had written it."""
-    stored = read_checkpoint(path, "ema_model")
-    settings = convert_official_config(json.loads(Path(config).read_text(encoding="utf-8")))
-    return {"config": settings, "class_names": [str(k) for k in range(settings["num_classes"])],
-            "preset": {"sampling": {}, "use_ema": False}, "tokenizer": None,
-            "model": convert_official(stored["model"]), "ema": convert_official(stored["ema_model"])}
+                         f"({type(error).__name__}: {error})") from None
+    return model.to(device).eval()
 
 
 def load_tokenizer(stored):
@@ -323,7 +329,8 @@ def load_tokenizer(stored):
 def picture(panels, row_names=()):
     """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
     font = ImageFont.load_default(size=14)
-    zoom = max(1, round(48 / max(next(iter(panels.values())).shape[-2:])))      # small images are enlarged
+    *_, images = panels.values()
+    zoom = max(1, round(48 / max(images.shape[-2:])))       # small images are enlarged
     grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
              for title, images in panels.items()}
     left = 12 + int(max([0, *map(font.getlength, row_names)]))
@@ -399,76 +406,73 @@ def sampling_options(words):
     for word in words:
         name, _, value = word.partition("=")
         try:
-            options[name] = SAMPLING[name](value)
+            options[name] = None if value.lower() == "none" else SAMPLING[name](value)
         except (KeyError, ValueError):
             raise ValueError(f"--sampling {word} is none of {', '.join(SAMPLING)} with a value of its "
                              f"kind") from None
     return options
 
 
+# Of the words, whose functions have the defaults.
 OPTIONS = {
-    "--checkpoint": ("out/digits/model.pt", "of train.py"),
-    "--out": ("out/samples", "folder for WORD.png"),
-    "--seed": (0, "image i is a function of (seed, i) alone"),
-    "--steps": (4, "T of Algorithm 1, or passes of an edit"),
-    "--cfg": (1.0, "guidance scale, 1 = off"),
-    "--count": (80, "generate: number of images"),
-    "--batch-size": (100, "generate: images at a time"),
-    "--frames": (8, "interpolate: images per line, circle or side"),
+    "--steps": (positive, "T of Algorithm 1, or passes of an edit (4)"),
+    "--cfg": (number, "guidance scale, 1 = off (1)"),
+    "--seed": (whole_number, "image i is a function of (seed, i) alone (0)"),
+    "--count": (positive, "generate: number of images (80)"),
+    "--batch-size": (positive, "generate: images at a time (100)"),
+    "--frames": (positive, "interpolate: images per line, circle or side (8)"),
 }
+COMMON = "word checkpoint out config ema singles sampling classes device"
 
 
 @errors_in_one_line("sample.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser("sample.py", "sample.py [WORD] [options]; --help lists them", __doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("sample.py", __doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("word", nargs="?", choices=WORDS, default="generate", metavar="WORD",
         help="generate, if none: images from random points, SE and SLE Alg. 1; reconstruct: one trip through "
         "encoder and decoder; interpolate: between random points, SE Fig. 6; crossover: of two images, SE "
         "Fig. 9; manipulate: one image to each of several classes, SE Fig. 8")
-    for flag, (default, help) in OPTIONS.items():
-        add(flag, type=type(default), default=default, help=f"{help} (%(default)s)")
-    add("--config", metavar="FILE", help="cfg.json of the official code, for a checkpoint of its own")
-    add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (as the preset says)")
-    add("--singles", nargs="?", choices=("png", "npz"), const="png", help="also write every image, into "
-        "OUT/images/, or all into OUT/images.npz, as fid.py and other tools read it")
+    add("--checkpoint", default="out/digits/model.pt", help="of train.py (%(default)s)")
+    add("--out", default="out/samples", help="folder for WORD.png (%(default)s)")
+    for flag, (kind, help) in OPTIONS.items():
+        add(flag, type=kind, help=help)
+    add("--config", default=None, help="cfg.json of the official code, for its checkpoint")
+    add("--ema", default=None, action=argparse.BooleanOptionalAction,
+        help="averaged weights (as the preset says)")
+    add("--singles", nargs="?", choices=("png", "npz"), const="png", default=None,
+        help="also write every image, into OUT/images/, or all into OUT/images.npz, as fid.py and other "
+        "tools read it")
     add("--sampling", nargs="+", default=[], metavar="NAME=VALUE",
         help=f"other arguments of generate, generate_latent, edit: {' '.join(SAMPLING)}")
-    add("--classes", nargs="+", metavar="K", help="in turn: names, null, or numbers that are no names (all; "
-        "reconstruct, crossover: null)")
-    add("--way", choices=WAYS, default="line", help="interpolate: two random points, once around the great "
-        "circle through two, or four corners of a square (%(default)s)")
-    add("--gif", action="store_true", help="interpolate: also as an animation, of a line there and back")
-    add("--images", nargs="+", default=[], metavar="FILE", help="reconstruct, crossover, manipulate")
-    add("--mask", choices=MASKS, default=MASKS[0],
-        help="crossover: where the first image is taken (%(default)s)")
-    add("--device", help="(cuda if there is one, else cpu)")
+    add("--classes", nargs="+", default=[], help="in turn: names, null, or numbers that are no "
+        "names (all; reconstruct, crossover: one, or null)")
+    add("--way", choices=WAYS, help="interpolate: two random points, once around the great circle through "
+        "two, or four corners of a square (line)")
+    add("--gif", action="store_true", default=argparse.SUPPRESS,
+        help="interpolate: also as an animation, of a line there and back")
+    add("--images", nargs="+", help="reconstruct, crossover, manipulate")
+    add("--mask", choices=MASKS, help="crossover: where the first image is taken (left-right)")
+    add("--device", default=None, help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
-    if min(args.steps, args.count, args.batch_size, args.frames) < 1:
-        raise ValueError("--steps, --count, --batch-size and --frames must be at least 1")
-    out = Path(args.out)
-    args.written = out / "images"
+    how = {name: value for name, value in vars(args).items() if name not in COMMON.split()}
+    how |= sampling_options(args.sampling)
+    args.out = Path(args.out).expanduser()
+    args.written = args.out / ("images.npz" if args.singles == "npz" else "images")
+    if args.singles and args.written.exists():
+        raise ValueError(f"{args.written} is there already; choose another --out, or remove it")
     args.arrays = []
-    if args.singles == "npz":
-        args.written = out / "images.npz"
-    if args.singles and (args.written.is_file() or any(args.written.glob("*"))):
-        raise ValueError(f"{args.written} holds images; choose another --out, or remove them")
-
     model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
     args.names = [*model.class_names, "null"]
-    if args.classes:
-        args.classes = [class_number(args.names, word) for word in args.classes]
+    args.classes = [class_number(args.names, word) for word in args.classes]
     args.in_turn = args.classes or range(max(model.num_classes, 1))
-    how = {"cfg": args.cfg, "seed": args.seed, **sampling_options(args.sampling)}
-    args.title = ", ".join(f"{name} = {value}" for name, value in {"T": args.steps, **how}.items())
-    panels, rows = WORDS[args.word](args, model, how)       # only then a folder: a mistake leaves none
-    path = out / f"{args.word}.png"
+    panels, rows = WORDS[args.word](args, model, **how)     # only then a folder: a mistake leaves none
+    path = args.out / f"{args.word}.png"
     save_image(picture(panels, rows), path)
     if args.arrays:
-        with whole_file(args.written, overwrite=False) as file:
+        with whole_file(args.written) as file:
             np.savez(file, arr_0=torch.cat(args.arrays).numpy())
-    print(path, args.written if args.singles else "", *(args.names[k] for k in args.classes or ()))
+    print(path, args.written if args.singles else "")
 
 
 def class_number(names, word):
@@ -477,86 +481,99 @@ def class_number(names, word):
         return names.index(word)
     if word in map(str, range(len(names))):
         return int(word)
-    raise ValueError(f"--classes knows {', '.join(names)} or their numbers from 0, not {word}")
+    raise ValueError(f"--classes knows {', '.join(names):.300} or their numbers from 0, not {word}")
 
 
-def draw_samples(args, model, how):
+def title(steps, how):
+    return f"T = {steps}" + "".join(f", {name} = {value}" for name, value in how.items())
+
+
+def draw_samples(args, model, steps=4, count=80, batch_size=100, **how):
     """Images from random points. SE and SLE Alg. 1."""
     draw = sampler(model, **how)
     classes = args.in_turn
     shown = []
-    y = [classes[i % len(classes)] for i in range(args.count)]                      # a function of i alone
-    for first in tqdm(range(0, args.count, args.batch_size), disable=None):
-        x = draw(model, y[first:first + args.batch_size], args.steps, first=first)
+    y = [classes[i % len(classes)] for i in range(count)]                           # a function of i alone
+    for first in tqdm(range(0, count, batch_size), disable=None):
+        x = draw(model, y[first:first + batch_size], steps, first=first)
         write_singles(args, x, first)
         shown.extend(x[:256 - len(shown)].cpu())                    # a grid of more is not readable
     by_class = 1 < len(classes) <= 16                                               # then a row per class
     columns = min(len(classes), len(shown)) if by_class else math.ceil(math.sqrt(len(shown)))
     shown += [torch.ones_like(shown[0])] * (-len(shown) % columns)                  # white fills the grid
     images = torch.stack(shown).unflatten(0, (-1, columns))
-    if not by_class:
-        return {args.title: images}, []
-    images = images.transpose(0, 1)                                                 # [rows, columns, 3, H, W]
-    return {args.title: images}, [args.names[k] for k in classes[:columns]]
+    rows = []
+    if by_class:
+        images = images.transpose(0, 1)                                             # [rows, columns, 3, H, W]
+        rows = [args.names[k] for k in classes[:columns]]
+    return {title(steps, how): images}, rows
 
 
-def draw_reconstructions(args, model, how):
+def one_class(args):
+    """[class] or, if none is given, None."""
+    if len(args.classes) > 1:
+        raise ValueError(f"{args.word} takes one of --classes")
+    return args.classes or None
+
+
+def draw_reconstructions(args, model, images=(), **how):
     """Images, and what one trip through encoder and decoder makes of them."""
-    x = open_images(args.images, model.image_size)
-    again = reconstruct(model, x, args.classes and args.classes[:1] * len(x))
+    known(how, reconstruct)
+    x = open_images(images, model.image_size)
+    y = one_class(args)
+    again = reconstruct(model, x, y and y * len(x))
     write_singles(args, again)
     return {" ": torch.stack([x, again.cpu()])}, ["original", "reconstruction"]
 
 
-def draw_interpolations(args, model, how):
+def draw_interpolations(args, model, steps=4, frames=8, way="line", gif=False, **how):
     """Images between random points, their classes mixed too. SE Fig. 6."""
     if "shared" in how:
         raise ValueError("interpolate takes no shared; drop it")
-    classes = args.in_turn
-    mixing = WAYS[args.way](args.frames)
-    shares = mixing.square() if args.way == "circle" else mixing
+    classes = args.classes or args.in_turn[:20]
+    mixing = WAYS[way](frames)
+    shares = mixing.square() if way == "circle" else mixing
     corners = mixing.shape[1]
     count = 4 if corners == 4 else max(10, len(classes) // 2 * 2)
     y = [classes[k % len(classes)] for k in range(count)]
-    x = torch.cat([interpolate(model, y[k:k + corners], mixing, args.steps, shares=shares, first=k, **how)
+    x = torch.cat([interpolate(model, y[k:k + corners], mixing, steps, shares=shares, first=k, **how)
                    for k in range(0, count, corners)])                                  # [rows * F, 3, H, W]
     write_singles(args, x)
-    x = x.unflatten(0, (-1, args.frames))                                           # [rows, frames, 3, H, W]
-    if args.gif:
+    x = x.unflatten(0, (-1, frames))                                                # [rows, frames, 3, H, W]
+    if gif:
         zoom = max(1, round(64 / max(model.image_size)))
-        frames = []
+        grids = []
         for images in x.transpose(0, 1):
             large = F.interpolate(images, scale_factor=zoom, mode="bicubic")
-            frames.append(to_pil(make_grid(large, 5, pad_value=1)))
-        if args.way != "circle":
-            frames += frames[-2:0:-1]                                                   # and back
-        save_image(frames[0], Path(args.out, "interpolate.gif"), save_all=True, duration=80, loop=0,
-                   append_images=frames[1:])
-    if corners == 4 or not model.num_classes:
-        return {args.title: x}, []
-    names = [args.names[k] for k in y]
-    return {args.title: x}, [f"{a} to {b}" for a, b in zip(names[::2], names[1::2])]
+            grids.append(to_pil(make_grid(large, 5, pad_value=1)))
+        if way != "circle":
+            grids += grids[-2:0:-1]                                                     # and back
+        save_image(grids[0], args.out / "interpolate.gif", save_all=True, duration=80, loop=0,
+                   append_images=grids[1:])
+    rows = []
+    if corners == 2 and model.num_classes:
+        rows = [f"{args.names[a]} to {args.names[b]}" for a, b in zip(y[::2], y[1::2])]
+    return {title(steps, how): x}, rows
 
 
-def draw_edits(args, model, how):
+def draw_edits(args, model, steps=4, images=(), mask=None, **how):
     """Crossover of two images, SE Fig. 9; manipulation of one to each of several classes, SE Fig. 8."""
     crosses = args.word == "crossover"
-    if len(args.images) != 1 + crosses or not crosses and not model.num_classes:
-        raise ValueError("crossover needs two --images, manipulate one, and a model with classes")
+    if len(images) != 1 + crosses or not crosses and (mask or not model.num_classes):
+        raise ValueError("crossover needs two --images, manipulate one, no --mask, and a model with classes")
     how = known(how, edit)
-    images = open_images(args.images, model.image_size)
+    images = open_images(images, model.image_size)
     if crosses:
-        y = args.classes and args.classes[:1]
-        x = crossover(model, *images.split(1), y, args.steps, args.mask, **how)
+        x = crossover(model, *images.split(1), one_class(args), steps, mask or MASKS[0], **how)
         panels = {"A and B": images[None], "stitched": x[:1].transpose(0, 1)}
         names = []
     else:
-        x = manipulate(model, images[0], args.in_turn, args.steps, **how)
+        x = manipulate(model, images[0], args.in_turn, steps, **how)
         panels = {"image": x[:1].transpose(0, 1)}
         names = [args.names[k] for k in args.in_turn]
     passes = x[1:].transpose(0, 1)                                                          # [B, T, 3, H, W]
     write_singles(args, passes.flatten(0, 1))
-    return {**panels, f"after 1 to {args.steps} passes": passes}, names
+    return {**panels, f"after 1 to {steps} passes": passes}, names
 
 
 def write_singles(args, images, first=0):

@@ -19,6 +19,8 @@ import re
 import signal
 import time
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -26,20 +28,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
+from torch.utils.data import StackDataset, TensorDataset
 from torchvision import datasets
 from tqdm import tqdm
 
-from fid import (HIDDEN, ImageSet, compare, errors_in_one_line, extract_or_keep, extracted, feature_network,
-                 find_images, images_or_statistics, is_first_process, is_grey, nearest_neighbours,
-                 pick_device, to_uint8, whole_file)
+from fid import (ImageSet, Parser, compare, errors_in_one_line, extract_or_keep, extracted, feature_network,
+                 find_images, images_or_statistics, is_first_process, is_grey, nearest_neighbours, number,
+                 pick_device, positive, to_uint8, whole_file, whole_number)
 from losses import DISTANCES, Objective
-from models import (SphereEncoder, SphereTokenizer, SiT, build_model, compute_again, cost, parameter_groups,
-                    take_weights)
-from sample import (image_transform, load, load_tokenizer, picture, read_checkpoint, reconstruct,
+from models import (SphereEncoder, SphereTokenizer, SiT, build_model, cost,
+                    parameter_groups, take_weights, update_ema)
+from sample import (image_transform, known, load, load_tokenizer, picture, read_checkpoint, reconstruct,
                     sampler, sampling_options, save_image, to_float, to_pil, write_checkpoint)
 from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
 
@@ -50,14 +52,15 @@ CLIP = 1.0                          # largest norm of the gradient, likewise
 LOG_EVERY = 10                      # iterations
 SAVE_EVERY = 1000                   # iterations at most to a checkpoint and pictures; ten times a run or more
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
-SPLITS = ("train", "val", "valid", "validation", "test")        # names of folders that are not classes
+SPLITS = ("train", "val", "valid", "validation", "eval", "dev", "test")     # names of folders, not of classes
+
 
 # ---- Presets -----------------------------------------------------------------------------------------------
 
 
-def option(default, help):
-    """A field of Preset with its help on the command line."""
-    return field(default=default, metadata={"help": help})
+def option(default, help, **rule):
+    """A field of Preset with its help on the command line, and what it may be there; see add_option."""
+    return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class Preset:
     Batch, optimizer, rates, EMA and the use of plain weights are the official code's (the paper's Table 16 is
     not in our text); what a preset below does not set is ours."""
 
-    dataset: str = option("folder", "one of DATA_SETS")
+    dataset: str = option("folder", "digits, fashion-mnist, cifar10, flowers102, animal-faces, imagenet or "
+                          "folder; see DATA_SETS", choices=(
+                              "digits", "fashion-mnist", "cifar10", "flowers102", "animal-faces", "imagenet",
+                              "folder"))
     data: str = option("data", "folder with the data set's files; digits needs none")
     image_size: int = option(64, "pixels, height and width")
     flip: bool = option(True, "mirror images at random")
@@ -77,37 +83,48 @@ class Preset:
     encoder_size: str | tuple = option("small", "small .. giant, or width,depth,heads")
     decoder_size: str | tuple = option("small", "likewise for the decoder")
     mixer_depth: int = option(4, "blocks of each MLP-Mixer")
-    pixel_head: str = option("linear", "linear or conv")
+    pixel_head: str = option("linear", "linear or conv", choices=("linear", "conv"))
     encoder_classes: bool = option(True, "condition the encoder too, not the decoder alone")
     batch_norm: bool = option(False, "normalise the encoder's output before f, SE App. C.3")
 
     tokenizer: str = option("", "of a denoiser: rae, or a Sphere Encoder's preset or checkpoint")
     denoiser_size: str | tuple = option("B", "S, B, L, XL, or width,depth,heads")
-    distance: str = option("l2", "between latents: l1, smooth-l1 or l2")
-    noise: tuple = option((0.0, 1.0), "mean and deviation of the logit-normal noise")
+    distance: str = option("l2", "between latents: l1, smooth-l1 or l2", choices=DISTANCES)
+    noise: tuple = option((0.0, 1.0), "mean and deviation of the logit-normal noise; --noise=-1,1.5")
 
-    mapping: str = option("sigma", "what r is linear in: sigma or, SE C.2, angle; or official noise")
+    mapping: str = option("sigma", "what r is linear in: sigma or, SE C.2, angle; or official noise",
+                          choices=("sigma", "angle", "official"))
     alpha_max: float = option(80.0, "degrees, largest angle of the usual noise")
     alpha_hard: float = option(85.0, "degrees, largest angle of the hard cases; 0 = none")
     weights: tuple = option((1.0, 1.0, 0.5, 0.5, 0.1),
                             "losses: WEIGHT_NAMES or LATENT_WEIGHT_NAMES of losses.py")
     swd_weight: float = option(0.0, "of the sliced Wasserstein loss, SE App. C.3")
-    perceptual: str = option("lpips", "lpips or, the official code's, lpips+convnext")
+    perceptual: str = option("lpips", "lpips or, the official code's, lpips+convnext",
+                             choices=("lpips", "lpips+convnext"))
 
     init: str = option("", "checkpoint whose weights to start from, where they fit")
     batch_size: int = option(256, "images per iteration, over all processes and micro-batches")
     epochs: float = option(0.0, "length of the training")
     iterations: int = option(0, "the same, in place of epochs")
     lr: float = option(1e-4, "peak learning rate of the decoder; scale it with the batch")
-    min_lr: float = option(1e-6, "at the end of the cosine")
+    min_lr: float = option(1e-6, "at the end of the cosine; at most lr")
     warmup: float = option(0.01, "share of the training with linear warm-up")
     encoder_lr_scale: float = option(0.1, "learning rate of the encoder, as a factor")
     weight_decay: float = option(0.0, "on matrices only")
     ema: float = option(0.9997, "largest decay of the averaged weights, which begins lower")
     use_ema: bool = option(False, "sample with the averaged weights")
-    precision: str = option("auto", "bf16 (autocast of the networks), float32, or auto: bf16 on a GPU")
+    precision: str = option("auto", "bf16 (autocast of the networks), float32, or auto: bf16 on a GPU",
+                            choices=("auto", "bf16", "float32"))
     sampling: dict = field(default_factory=dict, metadata={
         "help": "arguments of generate or generate_latent, NAME=VALUE ..."})
+
+    def __post_init__(self):
+        """Turns NumPy's numbers, paths and lists into the plain values that a checkpoint can hold."""
+        plain = json.dumps(vars(self), default=lambda x: x.item() if hasattr(x, "item") else str(x))
+        for name, value in json.loads(plain).items():
+            if isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, name, value)           # the usual way into a frozen dataclass
 
 
 # "paper": arXiv 2602.15030. "script": what the official code's scripts and defaults set.
@@ -116,23 +133,23 @@ CIFAR10 = Preset(
     dataset="cifar10", image_size=32, patch_size=2, latent_dim=8,           # paper Sec. 3.1: L = 16 x 16 x 8
     encoder_size="large", decoder_size="large",                             # paper Sec. 3.1
     mixer_depth=2, pixel_head="conv",                                       # script; paper: 4 layers, no head
-    epochs=5000, warmup=10 / 5000)                                          # paper Sec. 3.1; script
+    epochs=5000, warmup=0.002)                              # paper Sec. 3.1; script: 10 of 5,000 epochs
 ANIMAL_FACES = Preset(
     dataset="animal-faces", data="data/afhq", conditional=False,            # paper Sec. 3.2
     image_size=256, patch_size=8, latent_dim=128,                           # paper Sec. 3.2: L = 32^2 x 128
     encoder_size="large", decoder_size="large", mixer_depth=4,              # paper Sec. 3.2, 2.4
     alpha_max=85.0, alpha_hard=89.0,                                        # paper Sec. 6, C.2
-    weights=(25.0, 1.0, 1.0, 1.0, 0.1), epochs=1000, warmup=10 / 1000)      # script; paper Sec. 3.2; script
+    weights=(25.0, 1.0, 1.0, 1.0, 0.1), epochs=1000)        # script; paper Sec. 3.2; warm-up as in the script
 FLOWERS102 = replace(ANIMAL_FACES, dataset="flowers102", data="data", conditional=True)
 IMAGENET = replace(
     ANIMAL_FACES, dataset="imagenet", data="data/imagenet", conditional=True,
     latent_dim=64, weights=(50.0, 1.0, 25.0, 1.0, 0.1),                     # paper: L = 32^2 x 64; script
-    epochs=800, warmup=5 / 800)                                             # paper Sec. 3.2; script
+    epochs=800, warmup=0.00625)                             # paper Sec. 3.2; script: 5 of 800 epochs
 # On the RAE's latents. Sizes and averaged weights: model card; flips: our text of the paper. Else assumed:
 # rates, EMA and batch of the RAE authors' diffusion models, the Sphere Encoder's epochs.
 RAE_LATENTS = Preset(
     tokenizer="rae", image_size=256, denoiser_size="B", alpha_max=85.0, weights=(1.0, 1.0, 1.0, 1.0, 0.0),
-    batch_size=1024, lr=2e-4, min_lr=2e-5, ema=0.9995, use_ema=True, epochs=1000, warmup=10 / 1000)
+    batch_size=1024, lr=2e-4, min_lr=2e-5, ema=0.9995, use_ema=True, epochs=1000)
 BASE = {"encoder_size": "base", "decoder_size": "base"}
 # Real 8x8 digits at 16x16; ours, for a minute on a laptop: with four tokens and a small encoder it sees more.
 DIGITS = Preset(
@@ -161,15 +178,15 @@ PRESETS = {
                                     denoiser_size=(128, 4, 4), alpha_max=82.0, iterations=7500, lr=3e-3,
                                     warmup=200 / 7500, weight_decay=0.0),
     "cifar10": CIFAR10,
-    "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=10 / 10_000),   # paper App. D
+    "cifar10-uncond": replace(CIFAR10, conditional=False, epochs=10_000, warmup=0.001),  # paper App. D
     "animal-faces": ANIMAL_FACES, "flowers102": FLOWERS102, "imagenet-l": IMAGENET,
     "imagenet-xl": replace(IMAGENET, encoder_size="xlarge", decoder_size="xlarge"),          # paper Sec. 3.2
     # The model of the paper's ablations, Sec. 6: L = 16^2 x 256. Assumed to share all else with imagenet-l.
-    "imagenet-ablation": replace(IMAGENET, patch_size=16, latent_dim=256, epochs=200, warmup=5 / 200, **BASE),
+    "imagenet-ablation": replace(IMAGENET, patch_size=16, latent_dim=256, epochs=200, warmup=0.025, **BASE),
     "animal-faces-latent": replace(RAE_LATENTS, dataset="animal-faces", data="data/afhq"),
     "flowers102-latent": replace(RAE_LATENTS, dataset="flowers102"),
     "imagenet-latent": replace(RAE_LATENTS, dataset="imagenet", data="data/imagenet", denoiser_size="XL",
-                               epochs=800, warmup=5 / 800),
+                               epochs=800, warmup=0.00625),
     # Any folder of images, on a GPU of 24 GB or on a CPU; ours, tried on 720 photos of six classes.
     "folder": Preset(patch_size=8, latent_dim=64, batch_size=128, epochs=1000, lr=4e-4, warmup=0.02),
     "folder-small": replace(DIGITS, dataset="folder", image_size=32, flip=True, latent_dim=32, mixer_depth=2,
@@ -185,7 +202,7 @@ PRESETS |= {f"{name}-base": replace(preset, **BASE, perceptual="lpips+convnext",
 
 
 def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=1, compile=False,
-          activation_checkpointing=False, latents=None, evaluate_every=0.0, **evaluation):
+          latents=None, evaluate_every=0.0, **evaluation):
     """Train a preset into a folder; under torchrun, as one of its processes. Returns the checkpoint's path.
 
     preset      Preset, see PRESETS; if its tokenizer is a preset too, that is trained first, in out/tokenizer
@@ -197,91 +214,90 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
     evaluate_every  epochs between evaluations, 0 = off; see keep_best. evaluation: arguments of quality
 
     These change memory and speed, and results only by rounding (but accumulate that of the swd_weight):
-    workers     processes that read image files, if they are not kept in memory
+    workers     threads that read images ahead
     accumulate  micro-batches per iteration and process
     compile     torch.compile: minutes to start, then faster
-    activation_checkpointing  compute activations again in the backward pass: less memory, a third slower
     latents     npy file of cached_latents; out/latents.npy if the images are in memory, else none
 
     Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
     KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came."""
     out = Path(out)
     device = start_process(device)
-    rank, world = process_rank()
-    with interruptible() as interrupted:
-        # What is trained, on what.
-        stored = open_run(preset, out, seed, resume, world * accumulate)
-        data, held_out, class_names = first_process_first(lambda: load_data(preset))
-        settings = {"seed": seed, "images": len(data),
-                    "class_names": class_names * preset.conditional}        # none, if it is not
-        start, total, save_every, judge_every = plan(preset, len(data), stored, evaluate_every, evaluation)
-        if stored:
-            must_equal(stored, settings, out)
-            cut_logs(out, stored["step"])
-        else:
-            check_files(data, held_out)
-        if data.in_memory:
-            workers = 0
-        tokenizer = open_tokenizer(preset, out, seed, device, stored)
-        source = data
-        if tokenizer and (latents or data.in_memory):       # else images are encoded anew in every iteration
-            source = first_process_first(lambda: cached_latents(
-                latents or out / "latents.npy", data, tokenizer, preset.flip, device, workers))
-            workers = 0                                     # they are mapped into memory
-        model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored)
-        sampled = ema if preset.use_ema else model
-        objective = wrapped(model.eval(), preset, device, compile, activation_checkpointing)
+    with contextlib.ExitStack() as entered:
+        interrupted = entered.enter_context(interruptible())
 
-        # Batches: every process reads its share of every global batch.
-        share = preset.batch_size // world
-        mine = slice(rank * share, (rank + 1) * share)
-        indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
-        loader = DataLoader(source, None, sampler=indices, num_workers=workers,     # iterated once
-                            pin_memory=device.type == "cuda", generator=seeded(seed, "loader"))
+        # What is trained, on what. Whatever can fail does so before the run's folder is written to.
+        stored = open_run(preset, out, seed, resume, accumulate)
+        with first_process_first():
+            data, held_out, class_names = load_data(preset)
+            settings = {"seed": seed, "images": len(data),
+                        "class_names": class_names * preset.conditional}    # none, if it is not
+            if stored:
+                must_equal(stored, {**asdict(preset), **settings}, out)
+            else:
+                check_files(data, held_out)
+            tokenizer = open_tokenizer(preset, seed, device, stored)
+            model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored)
+            objective = Objective(model.eval(), preset).to(device)
+        objective = wrapped(objective, compile)
+        start, total, intervals = plan(preset, len(data), stored, evaluate_every, evaluation)
+        sampled = ema if preset.use_ema else model
+        say(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
+            f"{len(held_out or ())} held out; iterations {start} to {total}")
+        sampler(sampled)(sampled, [0], 2)
+        if evaluate_every:
+            rows = quality(sampled, data, held_out, **evaluation)
+
+        # From here on the folder is a run to resume: of a new one, last.pt is the first file.
+        entered.enter_context(only_writer(out, stored))
+        window = [*stored["window"]] if stored else []      # the iterations since the last line of the log
 
         def save(step):
-            write_checkpoint(out / "model.pt", sampled, preset)
-            write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(),
+            write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(), window=window,
                              optimizer=optimizer.state_dict(), step=step, **settings)
 
-        if rank == 0:
-            print(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
-                  f"{len(held_out or ())} held out; iterations {start} to {total}")
-            if not stored:
-                save(0)                                     # from here on the folder is a run to resume
-        model.train()
-        window = []
+        if not stored:
+            save(0)
+        if not start:
+            if evaluate_every:
+                keep_best(out, 0, sampled, preset, rows, evaluation)
+            train_tokenizer(preset, out / "tokenizer", seed, device, tokenizer)
+        source = training_data(data, tokenizer, preset.flip, device, latents, out / "latents.npy")
+        rank, world = process_rank()
+        mine = slice(rank, None, world)                     # of every global batch
+        indices = batch_indices(len(data), preset.batch_size, seed, range(start, total), mine)
         began = since = time.time()
-        for step, (images, labels) in zip(range(start, total), loader):
+        for step, (images, labels) in enumerate(read_ahead(source, indices, workers), start):
             lr = learning_rate(preset, step, total)
             batch = inputs(preset, model, images, labels, seed, step, mine)
+            model.train()
             window.append(train_step(objective, optimizer, preset, lr, batch, accumulate))
+            model.eval()
             update_ema(ema, model, preset.ema, step)
 
             done = step + 1
-            ends = done == total
-            if done % LOG_EVERY and not ends:
+            logs, saves, judges = (done == total or done % every == 0 for every in (LOG_EVERY, *intervals))
+            stops = over_processes(torch.tensor(float(len(interrupted)))) > 0
+            if not (logs or stops):
                 continue
-            now = time.time()
-            row = {"step": done, "epoch": done * preset.batch_size / len(data), "seconds": now - began,
-                   "images/s": len(window) * preset.batch_size / (now - since)}
-            means, stops = mean_over_window(window, done, interrupted)
-            saves = stops or ends or done % save_every == 0
-            model.eval()
+            window = checked(window, done)
+            if logs:
+                now = time.time()
+                row = {"step": done, "epoch": done * preset.batch_size / len(data), "seconds": now - began,
+                       "images/s": len(window) * preset.batch_size / (now - since), **means(window), "lr": lr}
+                window = []
+                log(out, total, row | (held_out_loss(objective, preset, model, held_out) if saves else {}))
+            if evaluate_every and judges:
+                rows = quality(sampled, data, held_out, **evaluation)
+                keep_best(out, done, sampled, preset, rows, evaluation)
             if saves:
-                means |= held_out_loss(objective, preset, model, held_out)
-            if rank == 0:
-                log(out, total, {**row, **means, "lr": lr})
-            if evaluate_every and (ends or done % judge_every == 0):
-                keep_best(out, done, sampled, preset, quality(sampled, data, held_out, **evaluation))
-            if rank == 0 and saves:
-                draw(out, done, sampled, held_out or data)
+                draw(out, done, sampled, preset, held_out or data)
+            if saves or stops:
                 save(done)                                  # last: --resume trusts that all else is written
-            model.train()
-            since = time.time()
             if stops:
                 raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; everything is in "
                                         f"{out / 'last.pt'}, --resume continues from there")
+            since = time.time()
         wait_for_all()                                      # the others may read it when it is written
     return out / "last.pt"
 
@@ -296,15 +312,14 @@ def train_step(objective, optimizer, preset, lr, batch, accumulate):
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad()
     rows = []
-    for x, *others in micro_batches(*batch, accumulate):
-        with autocast(preset, x.device):
-            loss, parts = objective(x, *others)
+    for x, *others in micro_batches(*batch, count=accumulate):
+        loss, parts = objective(x, *others)
         (loss / accumulate).backward()
         rows.append({**parts, "loss": loss.detach()})
-    means = {name: sum(row[name] for row in rows) / accumulate for name in rows[0]}
-    means["grad_norm"] = nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
+    row = means(rows)
+    row["grad_norm"] = nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
     optimizer.step()
-    return means
+    return row
 
 
 def plan(preset, images, stored, evaluate_every, evaluation):
@@ -317,21 +332,19 @@ def plan(preset, images, stored, evaluate_every, evaluation):
     if evaluation and not evaluate_every:
         raise ValueError(f"--{min(evaluation)} belongs to --evaluate and --evaluate-every; the length of a "
                          f"training is --iterations or --epochs")
-    save_every = max(1, total // 10 // LOG_EVERY) * LOG_EVERY
-    judge_every = max(1, round(evaluate_every * images / preset.batch_size / LOG_EVERY)) * LOG_EVERY
-    return start, total, min(SAVE_EVERY, save_every), judge_every
+    saves = min(SAVE_EVERY, total // 10)
+    judges = round(evaluate_every * images / preset.batch_size)
+    return start, total, [max(1, every // LOG_EVERY) * LOG_EVERY for every in (saves, judges)]
 
 
-def micro_batches(x, y, sigma, sigma_sub, e, count):
+def micro_batches(x, y, *others, count):
     """A batch in equal parts; y is [4, B], all others are [B, ...]."""
-    return zip(x.chunk(count), y.chunk(count, dim=1), sigma.chunk(count), sigma_sub.chunk(count),
-               e.chunk(count))
+    return zip(x.chunk(count), y.chunk(count, dim=1), *(other.chunk(count) for other in others))
 
 
-def autocast(preset, device):
-    """A context in which networks run in bf16, if the preset says so; "auto" is bf16 on a GPU."""
-    bf16 = preset.precision == "bf16" or preset.precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def means(rows):
+    """Means by name of rows {name: number}."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 # ---- Schedules and randomness: all that a number depends on ------------------------------------------------
@@ -346,20 +359,11 @@ def learning_rate(preset, step, total):
     return preset.min_lr + (preset.lr - preset.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """Move the averaged weights towards the model's."""
-    decay = min(decay, (1 + step) / (10 + step))        # assumed; else short runs keep initial zeros
-    get_ema_multi_avg_fn(decay)([*ema.parameters()], [*model.parameters()], None)
-    for average, buffer in zip(ema.buffers(), model.buffers()):             # statistics of a batch norm
-        average.copy_(buffer)
-
-
 def seeded(seed, purpose, index=0, device="cpu"):
     """A generator for a seed, purpose and index, hashed into the 32 bits that torch uses of a CPU's seed."""
     purposes = ("order", "draws", "init", "directions", "choice", "loader", "noise")
-    key = (seed, purposes.index(purpose), index)
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    hashed = np.random.SeedSequence((seed, purposes.index(purpose), index)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
 
 
 @lru_cache(1)
@@ -378,6 +382,18 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
         yield [permutation(size, seed, position // size)[position % size] for position in positions]
 
 
+def read_ahead(source, indices, workers):
+    """Yield the items of a data set at lists of places, in order; threads read the next ones meanwhile."""
+    with ThreadPoolExecutor(workers + 1) as threads:
+        ahead = deque()
+        for places in indices:
+            ahead.append(threads.submit(source.__getitem__, places))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        for item in ahead:
+            yield item.result()
+
+
 def random_draws(preset, seed, step):
     """All random scalars of a training step, for the whole global batch: a function of seed, step and batch
     size.
@@ -386,17 +402,15 @@ def random_draws(preset, seed, step):
              in its two or three passes), sigma [B], sigma_sub [B]"""
     B = preset.batch_size
     generator = seeded(seed, "draws", step)
-    alpha = preset.alpha_max
     hard = preset.alpha_hard or None
-    mapping = preset.mapping
     if preset.tokenizer:
-        sigma, sigma_sub = logit_normal_sigmas(B, alpha, *preset.noise, mapping, generator)
-    elif mapping == "official":
-        sigma, sigma_sub = official_sigmas(B, alpha, hard, HARD_PROB, generator)
+        sigma, sigma_sub = logit_normal_sigmas(B, preset.alpha_max, *preset.noise, preset.mapping, generator)
+    elif preset.mapping == "official":
+        sigma, sigma_sub = official_sigmas(B, preset.alpha_max, hard, HARD_PROB, generator)
         if not any(preset.weights[2:4]):                    # no pixel consistency: it decodes v_NOISY alone
             sigma_sub = sigma
     else:
-        sigma, sigma_sub = uniform_sigmas(B, alpha, hard, HARD_PROB, mapping, generator)
+        sigma, sigma_sub = uniform_sigmas(B, preset.alpha_max, hard, HARD_PROB, preset.mapping, generator)
     flip = torch.rand(B, generator=generator) < 0.5
     drop = torch.rand(4, B, generator=generator) < CLASS_DROPOUT
     return flip & preset.flip, drop | (not preset.conditional), sigma, sigma_sub
@@ -411,7 +425,8 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     returns  x (images [B, 3, H, W], or latents [B, N, d] for a denoiser), y [4, B], sigma [B], sigma_sub [B],
              e [B, N, d]"""
     device = next(model.parameters()).device
-    x, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
+    x = torch.as_tensor(images, device=device)
+    labels = labels.to(device)
     flip, drop, sigma, sigma_sub = (draw[..., mine].to(device) for draw in random_draws(preset, seed, step))
     e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
                     generator=seeded(seed, "noise", step, device))[mine].clone()    # keeps no other part
@@ -426,84 +441,103 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
 
 
 # ---- The run's folder --------------------------------------------------------------------------------------
+# last.pt is what a run has reached, and is written last. What is newer is cut or made again by --resume.
 
 
-def open_run(preset, out, seed, resume, parts):
+def open_run(preset, out, seed, resume, accumulate):
     """The checkpoint to resume from, or None for a new run. Raises ValueError for settings that do not fit
     each other or the run, a batch that cannot be cut into parts, and a new run in the folder of another."""
-    if parts < 1 or preset.batch_size < 1 or preset.batch_size % parts:
+    parts = process_rank()[1] * accumulate
+    if preset.batch_size % parts:
         raise ValueError(f"--batch-size must be a multiple of processes x accumulate, {parts}")
     if preset.batch_norm and parts > 1:
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes")
-    if len(preset.weights) != 5 or not (preset.epochs or preset.iterations):
-        raise ValueError("need five --weights, and --epochs or --iterations")
-    if preset.distance not in DISTANCES or preset.precision not in ("auto", "bf16", "float32"):
-        raise ValueError("--distance must be l1, smooth-l1 or l2, --precision auto, bf16 or float32")
+    if np.size(preset.weights) != 5 or not any(preset.weights) or np.size(preset.noise) != 2:
+        raise ValueError("need five --weights, one of them above 0, and two numbers of --noise")
+    if not preset.min_lr <= preset.lr or preset.warmup > 1 or not (preset.epochs or preset.iterations):
+        raise ValueError("need --min-lr of at most --lr, --warmup of at most 1, and --epochs or --iterations")
     random_draws(preset, seed, 0)                           # raises for impossible angles or noise
     if not resume:
-        if any(any(out.glob(name)) for name in ("*.pt", "tokenizer/*.pt", "log.jsonl")):
-            raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
+        must_be_free(out)
         return None
-    last = out / "last.pt"
-    if preset.tokenizer and not last.exists() and (out / "tokenizer" / "last.pt").exists():
-        return None                                         # perhaps left while it trained its tokenizer
-    stored = read_checkpoint(last, "optimizer")
-    must_equal(stored, {**asdict(preset), "seed": seed}, out)
-    return stored
+    return read_checkpoint(out / "last.pt", "optimizer")
+
+
+def must_be_free(out):
+    """Raises ValueError for a folder that holds a run."""
+    if [*out.glob("*.pt"), *out.glob("log.jsonl")]:
+        raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
 
 
 def must_equal(stored, settings, out):
     """Raises ValueError if a run was trained with other settings or data, rather than mix two runs."""
     before = {**stored, **stored["preset"]}
     for name, value in settings.items():
-        if value != before.get(name) and name not in ("data", "epochs", "iterations"):     # moved, extended
-            raise ValueError(f"{out} was trained with {name} {before.get(name)}, not {value}; --resume has "
+        known = before.get(name)
+        if value != known and name not in ("data", "epochs", "iterations"):                # moved, extended
+            raise ValueError(f"{out} was trained with {name} {known!s:.300}, not {value!s:.300}; --resume has "
                              f"its settings and data: drop that option and --preset, or change --out")
 
 
-def cut_logs(out, step):
-    """Cut the logs of a run back to the step of its checkpoint, remove what killed writers left. What else is
-    newer, pictures and best.pt, is made again when its step is reached again. By the first process alone."""
+@contextlib.contextmanager
+def only_writer(out, stored):
+    """Hold a run's folder for the first process, as the only one that writes to it, and remove what is newer
+    than the checkpoint to resume from. The lock is the operating system's: it ends with its process.
+    Raises ValueError if another process holds the folder, or for a new run if there is one in it."""
     if not is_first_process():
+        yield
         return
-    for path in out.glob("*.tmp"):
-        path.unlink()
-    for path in (out / "log.jsonl", out / "evaluations.jsonl"):
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            if kept != lines:
-                with whole_file(path) as file:
-                    file.write("".join(kept).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".held-while-a-process-trains-here", timeout=10):
+        if stored:
+            cut_logs(out, stored["step"])
+        else:
+            must_be_free(out)
+        for path in out.glob("*.tmp"):                      # left by writers that were killed
+            path.unlink()
+        yield
 
 
-def open_tokenizer(preset, out, seed, device, stored):
-    """The frozen autoencoder of a denoiser, trained first if need be; None for a Sphere Encoder."""
+def cut_logs(out, step):
+    """Cut the logs of a run back to the step of its checkpoint; what belongs to step 0 is made again."""
+    for path in out.glob("*.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if step and line.endswith("\n") and json.loads(line)["step"] <= step]
+        if not kept:
+            path.unlink()
+        elif kept != lines:
+            with whole_file(path) as file:
+                file.write("".join(kept).encode())
+
+
+def open_tokenizer(preset, seed, device, stored):
+    """The frozen autoencoder of a denoiser, None for a Sphere Encoder. One that is named by its preset is not
+    trained yet; see train_tokenizer."""
     path = preset.tokenizer
     if not path:
         return None
     if stored or path == "rae":
-        content = stored["tokenizer"] if stored else path
-        return first_process_first(lambda: load_tokenizer(content)).to(device)
-    if path in PRESETS:
-        folder = out / "tokenizer"
-        small = replace(PRESETS[path], data=preset.data, precision=preset.precision)
-        path = train(small, folder, seed, (folder / "last.pt").exists(), device)
-    model = load(path, device)
+        return load_tokenizer(stored["tokenizer"] if stored else path).to(device)
+    model = build_model(PRESETS[path], [], None, seeded(seed, "init")) if path in PRESETS else load(path)
     if not isinstance(model, SphereEncoder) or model.image_size != (preset.image_size,) * 2:
         raise ValueError(f"--tokenizer {path} is no Sphere Encoder for --image-size {preset.image_size}")
-    return SphereTokenizer(model)
+    return SphereTokenizer(model).to(device)
+
+
+def train_tokenizer(preset, folder, seed, device, tokenizer):
+    """Train the preset that a denoiser's tokenizer is named by, or finish or just read it."""
+    if preset.tokenizer not in PRESETS:
+        return
+    small = replace(PRESETS[preset.tokenizer], data=preset.data, precision=preset.precision)
+    path = train(small, folder, seed, (folder / "last.pt").exists(), device)
+    tokenizer.model.load_state_dict(load(path, device).state_dict())
 
 
 def build(preset, class_names, tokenizer, seed, device, stored):
     """Model, averaged model and optimizer: fresh from the seed, begun from another checkpoint, or resumed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seeded(seed, "init").initial_seed())
-        model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape)
+    model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape, seeded(seed, "init"))
     if preset.init and not stored:
-        other = first_process_first(lambda: load(preset.init))
-        taken = take_weights(model, other.state_dict())
-        print(taken, "tensors taken from", preset.init)
+        say(take_weights(model, load(preset.init).state_dict()), "tensors taken from", preset.init)
     model.to(device)
     groups = parameter_groups(model, preset.encoder_lr_scale, preset.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
@@ -516,22 +550,16 @@ def build(preset, class_names, tokenizer, seed, device, stored):
         model.load_state_dict(stored["model"])
         ema.load_state_dict(stored["ema"])
         optimizer.load_state_dict(stored["optimizer"])
-    else:
-        sampler(ema)(ema, [0], 2)                           # raises now for sampling that cannot be
     return model, ema, optimizer
 
 
-def wrapped(model, preset, device, compile, activation_checkpointing):
-    """The Objective of a model, in the wrappers of several processes and of torch.compile."""
-    if activation_checkpointing:
-        compute_again(model)
-    objective = first_process_first(lambda: Objective(model, preset)).to(device)
+def wrapped(objective, compile):
+    """An Objective in the wrappers of several processes and of torch.compile."""
     if distributed.is_initialized():
         # broadcast_buffers=False, by its place since its name is to change; gradients are averaged.
         warnings.filterwarnings("ignore", ".*broadcast_buffers")
         objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False)
     if compile:
-        torch._dynamo.config.optimize_ddp = not activation_checkpointing        # some versions of torch fail
         objective.compile(dynamic=False)                    # in place: parameters keep their names
     return objective
 
@@ -539,46 +567,45 @@ def wrapped(model, preset, device, compile, activation_checkpointing):
 # ---- Log and pictures --------------------------------------------------------------------------------------
 
 
-def mean_over_window(window, done, interrupted):
-    """Empty the window of the last iterations: means over iterations and processes by name, and whether a
-    process was interrupted. Raises FloatingPointError, on all processes, if a value is not finite."""
-    names = [*window[0]]
-    first = done - len(window) + 1
-    values = torch.stack([torch.stack([*row.values()]) for row in window]).cpu().double()         # [k, names]
-    values = F.pad(values, (0, 1), value=float(len(interrupted)))                           # one column more
-    window.clear()
-    if distributed.is_initialized():
-        distributed.all_reduce(values)
-        values /= distributed.get_world_size()
-    for number, row in enumerate(values.tolist(), first):
-        for name, value in zip(names, row):
+def checked(window, done):
+    """The rows of the last iterations as numbers, means over the processes. Raises FloatingPointError, on all
+    processes, if one is not finite."""
+    values = torch.tensor([[*map(float, row.values())] for row in window], dtype=torch.float64)
+    rows = [dict(zip(window[0], row)) for row in over_processes(values).tolist()]
+    for iteration, row in enumerate(rows, done - len(rows) + 1):
+        for name, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} in iteration {number}; the last checkpoint "
+                raise FloatingPointError(f"{name} became {value} in iteration {iteration}; the last checkpoint "
                                          f"is good, try a lower --lr")
-    *means, stops = values.mean(0).tolist()
-    return dict(zip(names, means)), stops > 0
+    return rows
 
 
 @torch.no_grad()
 def held_out_loss(objective, preset, model, held_out):
-    """The first part of the loss on 64 held-out images, as {name: value} for the log: not mirrored, with the
+    """Parts of the loss on 64 held-out images, as {name: value} for the log: not mirrored, with the
     same noise and class drops at every call; {} without such images."""
     if not held_out:
         return {}
     places = some(held_out, 64)
-    p = replace(preset, batch_size=max(3, len(places)), flip=False)         # official draws are of 3 or more
+    p = replace(preset, batch_size=64, flip=False)
     x, *others = inputs(p, model, *held_out[places], 0, 0, slice(len(places)))
-    with autocast(preset, x.device):
-        _, parts = getattr(objective, "module", objective).forward(x, *others)  # not compiled for this batch
-    name, value = next(iter(parts.items()))
-    return {f"held_out_{name}": value.item()}
+    _, parts = getattr(objective, "module", objective).forward(x, *others)      # not compiled for this batch
+    return {f"held_out_{name}": value.item() for name, value in parts.items()}
+
+
+def say(*words):
+    """Print, by the first process; a training outlives the terminal or the pipe that reads it."""
+    with contextlib.suppress(OSError):
+        if is_first_process():
+            print(*words)
 
 
 def log(out, total, row):
     """Append a line to log.jsonl, and show it."""
-    append(out / "log.jsonl", row)
+    if is_first_process():
+        append(out / "log.jsonl", row)
     step, *shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
-    print(f"{row['step']}/{total}", *shown)
+    say(f"{row['step']}/{total}", *shown)
 
 
 def logged(path):
@@ -592,37 +619,40 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def keep_best(out, step, model, preset, rows):
-    """Write an evaluation to evaluations.jsonl, and the model to best.pt if the first row, its Fréchet
-    distance (or FID), is lower than ever at the last number of steps; by the first process alone."""
+def keep_best(out, step, model, preset, rows, settings):
+    """Write an evaluation with its settings to evaluations.jsonl, and the model to best.pt if the first row,
+    its Fréchet distance (or FID), is the lowest of these settings at the last number of steps."""
     if not is_first_process():
         return
-    append(out / "evaluations.jsonl", {"step": step, **rows})
+    append(out / "evaluations.jsonl", {"step": step, "settings": settings, **rows})
     name, columns = next(iter(rows.items()))
     *_, T = [column for column in columns if column.startswith("T")]
-    scores = [line[name][T] for line in logged(out / "evaluations.jsonl")
-              if T in line.get(name, {})]                   # measured alike
+    lines = logged(out / "evaluations.jsonl")
+    scores = [line[name][T] for line in lines if line["settings"] == lines[-1]["settings"]]
     if scores[-1] == min(scores):
         write_checkpoint(out / "best.pt", model, preset)
-    print(f"{name} {scores[-1]:.4f}, of best.pt {min(scores):.4f}")
+    say(name, scores[-1], "of best.pt", min(scores))
 
 
-def draw(out, step, model, data):
-    """Write a picture by class, of samples at 1, 2 and 4 steps, reconstructions of real images and these
-    images; and the plot of the losses."""
+def draw(out, step, model, preset, data):
+    """Write model.pt, and a picture by class of samples at 1, 2 and 4 steps, reconstructions of real images
+    and these images; and the plot of the losses."""
+    if not is_first_process():
+        return
+    write_checkpoint(out / "model.pt", model, preset)
     classes = data.targets.unique()[:10].tolist()
     columns = max(5, 20 // len(classes))
     places = [(data.targets == c).nonzero()[:, 0].repeat(columns)[:columns] for c in classes]
     images, y = data[torch.cat(places).tolist()]            # a small class repeats
     x = to_float(images)
-    y = y * (model.num_classes > 0)
+    y = y.clamp(max=model.num_classes)                      # without classes the null class, 0
     panels = {f"T = {T}": sampler(model)(model, y, T) for T in (1, 2, 4)}
     panels |= {"reconstruction": reconstruct(model, x), "original": x}
     panels = {title: images.unflatten(0, (-1, columns)) for title, images in panels.items()}
     path = out / f"samples-{step:06d}.png"
     save_image(picture(panels, [model.class_names[c] for c in classes if model.num_classes]), path)
     plot_losses(out / "losses.png", logged(out / "log.jsonl"))
-    print(path, out / "losses.png")
+    say(path, out / "losses.png")
 
 
 def plot_losses(path, lines):
@@ -633,10 +663,9 @@ def plot_losses(path, lines):
         if value and re.match("loss|.*recon|con|lat|swd", name):
             seen = [line for line in lines if name in line]
             axes.plot([line["step"] for line in seen], [line[name] for line in seen], label=name)
-    axes.set(yscale="log", ylim=(1e-5, None), xlabel="iteration", ylabel="loss (parts unweighted)")
-    axes.minorticks_off()                                   # half of the time of a plot
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    axes.figure.savefig(path, bbox_inches="tight")
+    axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
+    axes.legend()
+    axes.figure.savefig(path)
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -648,10 +677,10 @@ def digits(root):
     """1,797 real digits of 8x8 pixels, in scikit-learn, split at random: the last ones have other writers."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    x, y = load_digits(return_X_y=True)
-    x = torch.from_numpy(x).float().view(-1, 8, 8) / 16
-    split = train_test_split(range(len(y)), test_size=297, stratify=y, random_state=0)
-    return [(x[places], y[places]) for places in split], list("0123456789")
+    data = load_digits()
+    x = torch.from_numpy(data.images).float() / 16
+    split = train_test_split(range(len(x)), test_size=297, stratify=data.target, random_state=0)
+    return [(x[places], data.target[places]) for places in split], list("0123456789")
 
 
 def torchvision_set(kind, root):
@@ -672,37 +701,29 @@ def flowers102(root):
 
 def joined(parts):
     """All (paths, classes) as one."""
-    paths, classes = zip(*parts)
-    return sum(paths, []), sum(classes, [])
+    return [sum(lists, []) for lists in zip(*parts)]
 
 
-def downloaded(name, read, *arguments):
-    """What a reader of torchvision's returns; its dozen kinds of errors become one."""
-    try:
-        return read(*arguments)
-    except Exception as error:
-        raise OSError(f"{arguments[-1]}: {name} can be neither read nor downloaded ({error!r}); "
-                      f"see the README, \"At the papers' scale\", for what --data must hold") from None
-
-
-def class_of_images(folder):
-    """{path: name of the outermost folder, or ""} of all images below a folder."""
-    return {path: "".join(path.relative_to(folder).parent.parts[:1]) for path in find_images(folder)}
+def class_of_images(paths, folder):
+    """{path: name of the outermost folder below a folder, or ""} of the paths in it."""
+    return {path: "".join(path.relative_to(folder).parent.parts[:1]) for path in paths
+            if folder in path.parents}
 
 
 def image_folder(root):
     """Images of a folder, and class names in text order.
 
-    Images in train/ are trained on; those in val/, or else valid/, validation/ or test/, are held out. If the
-    folder has no such two folders, all its images are trained on. The folders of training images are classes;
-    if there are fewer than two, all images are of class 0.
+    Images in train/ are trained on and those in val/, or else the next of SPLITS, held out. If the folder has
+    no such two folders, all its images are trained on. The folders of training images are classes; if there
+    are fewer than two, all images are of class 0. A folder around all images does not count.
     Raises ValueError for held-out images of other classes."""
-    folders = {path.name.lower(): path for path in root.iterdir()
-               if path.is_dir() and not path.name.startswith(HIDDEN)}
-    roots = [folders[name] for name in SPLITS if name in folders][:2]
-    if "train" not in folders or len(roots) < min(2, len(folders)):
-        roots = [root]
-    groups = [class_of_images(folder) for folder in roots]
+    paths = find_images(root)
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    folders = {name.lower().removesuffix("ing"): name for name in class_of_images(paths, top).values()}
+    roots = [top / folders[name] for name in SPLITS if name in folders][:2]
+    if "train" not in folders or len(roots) < 2:
+        roots = [top]
+    groups = [class_of_images(paths, folder) for folder in roots]
     names = sorted({*groups[0].values()} - {""})
     number = {name: k for k, name in enumerate(names)}
     if len(names) < 2:
@@ -710,13 +731,13 @@ def image_folder(root):
         number[""] = 0
     parts = []
     for folder, group in zip(roots, groups):
-        paths = [path for path, name in group.items() if name in number]
-        found = {*group.values()}
-        if found - {*number, ""} or not paths:
-            raise ValueError(f"{folder} has the classes {sorted(found)}, the training images have {names}")
-        parts.append((paths, [number[group[path]] for path in paths]))
-        if roots[1:] or len(paths) < len(group):
-            warnings.warn(f"{folder}: {len(paths)} of {len(group)} images are used")
+        classes = {path: number[name] for path, name in group.items() if name in number}
+        others = {*group.values()} - {*number, ""}
+        if others or not classes:
+            raise ValueError(f"{folder} has the classes {others!s:.300}, the training images have {names!s:.300}")
+        parts.append(([*classes], [*classes.values()]))
+        if len(classes) < len(paths):
+            warnings.warn(f"{folder}: {len(classes)} of {len(paths)} images are used")
     return parts, names
 
 
@@ -729,9 +750,9 @@ def animal_faces(root):
 # A new data set is a reader (see the head of this section) and a line here; the numbers are for --list.
 DATA_SETS = {
     "digits": (digits, 10),
-    "fashion-mnist": (partial(downloaded, "fashion-mnist", torchvision_set, datasets.FashionMNIST), 10),
-    "cifar10": (partial(downloaded, "cifar10", torchvision_set, datasets.CIFAR10), 10),
-    "flowers102": (partial(downloaded, "flowers102", flowers102), 102),
+    "fashion-mnist": (partial(torchvision_set, datasets.FashionMNIST), 10),
+    "cifar10": (partial(torchvision_set, datasets.CIFAR10), 10),
+    "flowers102": (flowers102, 102),
     "animal-faces": (animal_faces, 3),
     "imagenet": (image_folder, 1000),
     "folder": (image_folder, 10),
@@ -742,12 +763,14 @@ def load_data(preset):
     """Training set, held-out set (None if the data set has none) and class names of a preset.
 
     data[list of n indices] is (uint8 [n, 3, S, S], classes [n]), grey repeated to 3 channels; all classes are
-    in `.targets`, and `.in_memory` says whether the images are.
+    in `.targets`. It is a TensorDataset, if the images are in memory.
     Raises OSError or ValueError that says what is wrong where."""
-    if preset.dataset not in DATA_SETS:
-        raise ValueError(f"--dataset must be one of {', '.join(DATA_SETS)}")
     read, _ = DATA_SETS[preset.dataset]
-    parts, class_names = read(Path(preset.data))
+    try:
+        parts, class_names = read(Path(preset.data))
+    except Exception as error:                              # of a dozen kinds, in torchvision
+        raise OSError(f"{preset.data}: {preset.dataset} can be neither read nor downloaded ({error}); see the "
+                      f"README, \"At the papers' scale\", for what --data must hold") from None
     data, *others = [data_set(images, classes, preset.image_size) for images, classes in parts]
     return data, others[0] if others else None, class_names
 
@@ -763,17 +786,24 @@ def data_set(images, targets, size):
         if 3 * size**2 * len(files) <= IN_MEMORY:
             data = TensorDataset(torch.cat([*files.batches()]), targets)
     data.targets = targets
-    data.in_memory = isinstance(data, TensorDataset)
     return data
 
 
 def resized(images, size):
     """Images [n, H, W] or [n, H, W, 3] in [0, 1] -> uint8 [n, 3, size, size]; 28x28 in a frame of 32x32."""
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    images = images.reshape(*images.shape[:3], -1).permute(0, 3, 1, 2)
     if images.shape[-1] == 28:
         images = F.pad(images, (2, 2, 2, 2))
     images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < images.shape[-1])
     return to_uint8(images).expand(-1, 3, -1, -1)
+
+
+def training_data(data, tokenizer, flip, device, latents, default):
+    """Images; or cached latents of a denoiser's, if they are in memory or a file of latents is asked for."""
+    if not tokenizer or not (latents or isinstance(data, TensorDataset)):
+        return data
+    with first_process_first():
+        return cached_latents(latents or default, data, tokenizer, flip, device)
 
 
 def check_files(*data_sets):
@@ -784,7 +814,7 @@ def check_files(*data_sets):
                 pass
 
 
-def cached_latents(path, data, tokenizer, flip, device, workers):
+def cached_latents(path, data, tokenizer, flip, device):
     """A data set of the latents of all images, and of their mirror images if they are mirrored, in an npy
     file; it is made if there is none.
 
@@ -799,17 +829,16 @@ def cached_latents(path, data, tokenizer, flip, device, workers):
         return torch.stack([tokenizer.encode(view) for view in views], dim=1).cpu().numpy()
 
     if not Path(path).exists():
-        with whole_file(path, overwrite=False) as file:     # or another run came first
+        with whole_file(path) as file:
             # Written, not mapped: on a full disk a write is an error, a mapped page a crash.
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            loader = DataLoader(data, None, sampler=torch.arange(len(data)).split(64), num_workers=workers,
-                                generator=seeded(0, "loader"))
-            for images, _ in tqdm(loader, "latents", disable=None):
+            places = torch.arange(len(data)).split(64)
+            for images, _ in tqdm(read_ahead(data, places, 4), "latents", disable=None):
                 file.write(encoded(images).tobytes())
-    ends = [0, len(data) - 1]
+    ends = [0, -1]
     expected = encoded(data[ends][0])
-    with contextlib.suppress(ValueError, EOFError):
+    with contextlib.suppress(Exception):                    # NumPy knows a dozen kinds
         latents = np.load(path, mmap_mode="r")
         if latents.shape == shape and np.allclose(latents[ends], expected, atol=0.02):
             return StackDataset(latents, data.targets)
@@ -817,14 +846,15 @@ def cached_latents(path, data, tokenizer, flip, device, workers):
                      f"another file: --latents")
 
 
-def export(preset, out, count=None):
-    """Write images, at most `count` of each part, as OUT/train/CLASS/PLACE.png and, held out, OUT/val/..."""
+def export(preset, export, count=None):
+    """Write images, at most `count` of each part, as EXPORT/train/CLASS/PLACE.png and, held out, EXPORT/val/..."""
     train, held_out, class_names = load_data(preset)
+    Path(export).mkdir(parents=True)                        # raises for one that exists
     for part, data in (("train", train), ("val", held_out or ())):
-        for place in tqdm(some(data, count), part, disable=None):
+        for place in some(data, count):
             [image], [label] = data[[place]]
             name = class_names[label].replace("/", "-") if class_names else ""      # "T-shirt/top"
-            save_image(to_pil(to_float(image)), out / part / name / f"{place:06d}.png")
+            save_image(to_pil(to_float(image)), Path(export, part, name, f"{place:06d}.png"))
 
 
 # ---- Processes ---------------------------------------------------------------------------------------------
@@ -860,30 +890,44 @@ def wait_for_all():
         distributed.barrier()
 
 
-def first_process_first(action):
-    """What an action returns; one process of each machine goes ahead and writes what the others then find."""
-    for first in (True, False):
-        if first == goes_first():
-            result = action()
+@contextlib.contextmanager
+def first_process_first():
+    """One process of each machine goes ahead and writes what the others then find."""
+    if not goes_first():
         wait_for_all()
-    return result
+    yield
+    if goes_first():
+        wait_for_all()
 
 
 @contextlib.contextmanager
 def interruptible():
-    """Turn Ctrl-C and SIGTERM into entries of a list that the loop looks at. A second one interrupts at once,
-    but not under torchrun, which passes on the Ctrl-C that its processes have already had."""
+    """Turn Ctrl-C, SIGTERM and a closed terminal into entries of a list that the loop looks at. A second one
+    interrupts at once, but not under torchrun, which passes on the Ctrl-C that its processes have already had.
+    What the loop did not see goes to whom it would have gone without this."""
     came = []
 
-    def on_signal(number, frame):
-        came.append(number)
+    def on_signal(kind, frame):
+        came.append(kind)
         if len(came) > 1 and "RANK" not in os.environ:
             raise KeyboardInterrupt
 
     with contextlib.ExitStack() as restored:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            restored.callback(signal.signal, number, signal.signal(number, on_signal))
+        for kind in {1, 2, 15} & signal.valid_signals():                    # SIGHUP, SIGINT, SIGTERM
+            if signal.getsignal(kind) != signal.SIG_IGN:                    # as nohup makes SIGHUP
+                with contextlib.suppress(ValueError):                       # outside the main thread
+                    restored.callback(signal.signal, kind, signal.signal(kind, on_signal))
         yield came
+    for kind in came:
+        signal.raise_signal(kind)
+
+
+def over_processes(values):
+    """Means of a tensor over the processes, on all of them."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    return values
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -892,28 +936,14 @@ def interruptible():
 def evaluate(path, seed=0, data=None, device=None, use_ema=None, **options):
     """quality() of a checkpoint; data is the data set's folder, if it has moved, use_ema that of load."""
     device = start_process(device)
-    model = first_process_first(lambda: load(path, device, use_ema))
-    preset = replace(Preset(**model.preset), data=data or model.preset["data"])
-    train_set, held_out, names = first_process_first(lambda: load_data(preset))
+    with first_process_first():
+        model = load(path, device, use_ema)
+        preset = replace(Preset(**model.preset), data=data or model.preset["data"])
+        train_set, held_out, names = load_data(preset)
     if preset.conditional and names != model.class_names:
-        raise ValueError(f"{path} was trained on the classes {model.class_names}, the data have {names}")
+        raise ValueError(f"{path} was trained on the classes {model.class_names!s:.300}, the data have "
+                         f"{names!s:.300}")
     return quality(model, train_set, held_out, seed=seed, **options)
-
-
-class Samples(Dataset):
-    """Samples of a model as a data set, drawn when they are asked for; sample i has class i mod K."""
-
-    def __init__(self, model, count, **sampling):
-        self.draw = partial(sampler(model, **sampling), model)
-        self.targets = torch.arange(count) % max(model.num_classes, 1)
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, places):
-        y = self.targets[places]
-        x = self.draw(y, first=places[0])
-        return to_uint8((x + 1) / 2, self.draw.keywords.get("official", False)), y
 
 
 def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, features="pixels",
@@ -930,35 +960,42 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
                training images (rFID); of pixels, judged right, the share of images whose class an SVC trained
                on the real ones reads, and nearest, the median distance to the nearest real image over that of
                the held-out ones, well below 1 if images were memorised"""
-    steps = (steps,) if isinstance(steps, int) else steps
     pixels = features == "pixels"
     places = some(train_set, 10_000 if pixels else 50_000)
     device = next(model.parameters()).device
-    network = feature_network(features, device, grey=is_grey(train_set[places[:100]][0]))
+    network = feature_network(features, device, not reference and is_grey(train_set[places[:100]][0]))
 
     def measured(places, images_at):
         """fid.Extracted of the images at some places, of which every batch is one process's."""
         return extracted(gathered(
             places, lambda part: [x.cpu() for x in network(images_at(part).to(device))]))
 
-    sampling = {"cfg": cfg, "seed": seed, **sampling}
-    sets = {f"T = {T}": Samples(model, count, steps=T, **sampling) for T in steps}
-    if held_out:
-        sets["real held-out"] = held_out
+    def drawn(T, part):
+        """Samples at some places, in T steps, uint8."""
+        draw = sampler(model, cfg=cfg, seed=seed, **sampling)
+        x = draw(model, y[part], T, first=part[0])
+        return to_uint8((x + 1) / 2, draw.keywords.get("official", False))
+
     if reference:
         real = extract_or_keep(images_or_statistics(reference, features), lambda: network, device)
     else:
         real = measured(places, lambda part: train_set[part][0])
-    columns = {title: measured(range(len(data)), lambda part: data[part][0]) for title, data in sets.items()}
+    y = torch.arange(count) % max(model.num_classes, 1)
+    columns = {f"T = {T}": measured(range(count), partial(drawn, T)) for T in np.ravel(steps).tolist()}
+    classes = dict.fromkeys(columns, y)
+    if held_out:
+        columns["real held-out"] = measured(range(len(held_out)), lambda part: held_out[part][0])
+        classes["real held-out"] = held_out.targets
     rows = {}
     for title, images in columns.items():
-        for row, number in compare(images, real, features).items():
-            rows.setdefault(row, {})[title] = number
+        for row, value in compare(images, real, features).items():
+            rows.setdefault(row, {})[title] = value
     if not pixels:
-        again = measured(places, lambda part: to_uint8((reconstructed(model, train_set, part) + 1) / 2))
+        again = measured(places, lambda part: to_uint8(
+            (reconstruct(model, to_float(train_set[part][0])) + 1) / 2))
         rows["rFID"] = {"training set": compare(again, real, features)["FID"]}
     if pixels and not reference and model.num_classes:
-        rows["judged right"] = judged_right(sets, columns, real, train_set.targets[places])
+        rows["judged right"] = judged_right(columns, classes, real, train_set.targets[places])
     if pixels and not reference and held_out:
         rows["nearest"] = nearest(columns, real)
     if held_out:
@@ -966,11 +1003,11 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     return rows
 
 
-def judged_right(sets, columns, real, real_classes):
+def judged_right(columns, classes, real, real_classes):
     """Share of images that a support vector classifier, trained on the real ones, puts into their class."""
     from sklearn.svm import SVC
     judge = SVC(C=10).fit(real.features, real_classes)
-    return {title: judge.score(images.features, sets[title].targets) for title, images in columns.items()}
+    return {title: judge.score(images.features, classes[title]) for title, images in columns.items()}
 
 
 def nearest(columns, real):
@@ -982,14 +1019,11 @@ def nearest(columns, real):
 
 def reconstruction_error(model, data):
     """Mean squared error of reconstructions, of images in [-1, 1]."""
-    errors = gathered(range(len(data)), lambda part: (
-        reconstructed(model, data, part) - to_float(data[part][0])).square().mean((1, 2, 3)))
-    return torch.cat(errors).mean().item()
+    def error(part):
+        x = to_float(data[part][0])
+        return (reconstruct(model, x).cpu() - x).square().mean((1, 2, 3))
 
-
-def reconstructed(model, data, places):
-    """Reconstructions of a data set's images at some places, in [-1, 1], on the CPU."""
-    return reconstruct(model, to_float(data[places][0])).cpu()
+    return torch.cat(gathered(range(len(data)), error)).mean().item()
 
 
 def gathered(places, result_of, batch=100):
@@ -1012,102 +1046,113 @@ def some(data, limit):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 OPTIONS = {
-    "--preset": (str, "settings to start from (digits)"),
-    "--out": (Path, "folder of the run (out/PRESET)"),
-    "--evaluate": (str, "checkpoint of whose samples to print the quality; trains nothing"),
-    "--list": (bool, "print all presets with sizes and cost; trains nothing"),
-    "--export": (Path, "folder to write --count images of the data set to; trains nothing"),
-    "--seed": (int, "with the settings decides every number of the run (0)"),
-    "--resume": (bool, "continue from OUT/last.pt exactly where it was written"),
-    "--device": (str, "cuda, cuda:1, cpu, ... (cuda if there is one)"),
-    "--workers": (int, "processes that read image files, if they are not kept in memory (4)"),
-    "--accumulate": (int, "micro-batches per iteration and process (1)"),
-    "--compile": (bool, "torch.compile: minutes to start, then faster"),
-    "--activation-checkpointing": (bool, "less memory, a third slower"),
-    "--latents": (str, "npy file of a denoiser's latents, for all runs with its tokenizer (OUT/latents.npy "
-                       "if the images are in memory, else none)"),
-    "--evaluate-every": (float, "epochs between evaluations, of which best.pt is kept; 0 = off (0)"),
-    "--count": (int, "evaluation: number of samples (1000)"),
-    "--steps": (tuple, "evaluation: T of Algorithm 1, one or several (1,2,4)"),
-    "--cfg": (float, "evaluation: guidance scale, 1 = off (1)"),
-    "--features": (str, "evaluation: torch-fidelity, pytorch-fid or pixels (pixels)"),
-    "--reference": (str, "evaluation: npz file to compare with (the training images)"),
+    "preset": (str, "settings to start from (digits)"),
+    "out": (str, "folder of the run (out/PRESET)"),
+    "evaluate": (str, "checkpoint of whose samples to print the quality; trains nothing"),
+    "list": (bool, "print all presets with sizes and cost; trains nothing"),
+    "export": (str, "new folder to write --count images of the data set to; trains nothing"),
+    "seed": (whole_number, "with the settings decides every number of the run (0)"),
+    "resume": (bool, "continue from OUT/last.pt exactly where it was written"),
+    "device": (str, "cuda, cuda:1, cpu, ... (cuda if there is one)"),
+    "workers": (whole_number, "threads that read images ahead (4)"),
+    "accumulate": (int, "micro-batches per iteration and process (1)"),
+    "compile": (bool, "torch.compile: minutes to start, then faster"),
+    "latents": (str, "npy file of a denoiser's latents, for all runs with its tokenizer (OUT/latents.npy if "
+                     "the images are in memory, else none)"),
+    "evaluate_every": (float, "epochs between evaluations, of which best.pt is kept; 0 = off (0)"),
+    "count": (int, "evaluation: number of samples (1000)"),
+    "steps": (tuple, "evaluation: T of Algorithm 1, one or several (1,2,4)"),
+    "cfg": (float, "evaluation: guidance scale, 1 = off (1)"),
+    "features": (str, "evaluation: torch-fidelity, pytorch-fid or pixels (pixels)"),
+    "reference": (str, "evaluation: npz file to compare with (the training images)"),
 }
+NOT_OF_A_DENOISER = ("patch_size latent_dim encoder_size decoder_size mixer_depth pixel_head encoder_classes "
+                     "batch_norm alpha_hard swd_weight perceptual encoder_lr_scale")
+NOT_OF_A_SPHERE_ENCODER = "denoiser_size distance noise latents"
+
 
 def command_line(argv):
     """What was given, {name: value}."""
-    first = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", add_help=False)
+    first = Parser("train.py", add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="digits")
     name = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser("train.py", "train.py [options]; --help lists them", __doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    for flag, (kind, help) in OPTIONS.items():
-        add_option(parser, flag, kind, help)
+    parser = Parser("train.py", __doc__, argument_default=argparse.SUPPRESS)
+    for option, (kind, help) in OPTIONS.items():
+        add_option(parser, option, kind, help)
     settings = parser.add_argument_group(f"settings; in brackets those of {name}")
     for f in fields(Preset):
-        help = ", ".join(DATA_SETS) if f.name == "dataset" else f.metadata["help"]
-        flag = "--" + f.name.replace("_", "-")
-        add_option(settings, flag, f.type, f"{help} ({getattr(PRESETS[name], f.name)})")
+        add_option(settings, f.name, f.type, f"{f.metadata['help']} ({getattr(PRESETS[name], f.name)})",
+                   f.metadata.get("choices"))
     return vars(parser.parse_args(argv))
 
 
-def literal(text):
-    """A Python literal such as 1e-4, False or 64,1,4; anything else is a word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def add_option(group, flag, kind, help):
-    """An option whose values are of a kind; what is neither a number nor a word is a Python literal."""
+def add_option(group, name, kind, help, choices=None):
+    """An option of a kind, perhaps with choices."""
+    types = {int: positive, float: number, str: os.path.expanduser, tuple: literal, str | tuple: literal}
+    how = {"type": types.get(kind, kind), "choices": choices}
     if kind is bool:
         how = {"action": argparse.BooleanOptionalAction}
     elif kind is dict:
         how = {"nargs": "+", "metavar": "NAME=VALUE"}
-    else:
-        how = {"type": kind if kind in (int, float, str, Path) else literal, "metavar": "X"}
-    group.add_argument(flag, help=help, **how)
+    group.add_argument("--" + name.replace("_", "-"), help=help, **how)
+
+
+def literal(text):
+    """A Python literal such as 4 or 64,1,4; anything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except Exception:
+        return text
+
+
+def refuse_unused(given, preset):
+    """Raises ValueError for an option that a training of this preset would not look at."""
+    unused = (NOT_OF_A_DENOISER if preset.tokenizer else NOT_OF_A_SPHERE_ENCODER).split()
+    if preset.dataset == "digits":
+        unused.append("data")
+    if "iterations" in given:
+        unused.append("epochs")
+    for name in unused:
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing for this training; drop it")
 
 
 @errors_in_one_line("train.py")
 def main(argv=None):
     given = command_line(argv)                              # only what was given
-    named = "preset" in given
-    name = given.pop("preset", "digits")
-    changes = {f.name: given.pop(f.name) for f in fields(Preset) if f.name in given}
-    if "sampling" in changes:
-        changes["sampling"] = sampling_options(changes["sampling"])
-    if "epochs" in changes:
-        changes.setdefault("iterations", 0)                 # the length given replaces the preset's
-    preset = replace(PRESETS[name], **changes)
-    out = given.pop("out", Path("out", name))
+    if "sampling" in given:
+        given["sampling"] = sampling_options(given["sampling"])
     if given.pop("list", False):
-        list_presets()
-    elif "export" in given:
-        export(preset, given["export"], given.get("count"))
-    elif "evaluate" in given:
-        sampling = changes.pop("sampling", {})
-        print_quality(given.pop("evaluate"), **given, **changes, **sampling)
-    else:
-        if given.get("resume") and (out / "last.pt").exists():
-            stored = read_checkpoint(out / "last.pt", "optimizer")
-            given.setdefault("seed", stored["seed"])
-            if not named:
-                preset = replace(Preset(**stored["preset"]), **changes)
-        train(preset, out, **given)
+        return list_presets(**known(given, list_presets))
+    if "evaluate" in given:
+        return print_quality(given.pop("evaluate"), **given.pop("sampling", {}), **given)
+    name = given.pop("preset", None)
+    preset = PRESETS[name or "digits"]
+    out = Path(given.pop("out", f"out/{name or 'digits'}"))
+    if given.get("resume"):
+        stored = read_checkpoint(out / "last.pt", "optimizer")
+        given.setdefault("seed", stored["seed"])
+        if not name:
+            preset = Preset(**stored["preset"])
+        del stored                                          # gigabytes
+    changes = {f.name: given.pop(f.name) for f in fields(Preset) if f.name in given}
+    preset = replace(preset, **changes)
+    refuse_unused({**given, **changes}, preset)
+    if "epochs" in changes:
+        preset = replace(preset, iterations=0)              # the length given replaces the preset's
+    if "export" in given:
+        return export(preset, **known(given, export))
+    return train(preset, out, **given)
 
 
 def print_quality(path, **options):
     """The table of --evaluate."""
     rows = evaluate(path, **options)
-    if is_first_process():
-        print(path)
-        columns = dict.fromkeys(column for cells in rows.values() for column in cells)
-        print_row("", columns)
-        for row, cells in rows.items():
-            print_row(row, [cells.get(column, "") for column in columns])
+    columns = dict.fromkeys(column for cells in rows.values() for column in cells)
+    say(path)
+    print_row("", columns)
+    for row, cells in rows.items():
+        print_row(row, [cells.get(column, "") for column in columns])
 
 
 def list_presets():
@@ -1121,16 +1166,14 @@ def list_presets():
         N, d = model.latent_shape
         parameters = sum(p.numel() for p in model.parameters())
         print_row(name, [preset.image_size, N, N * d, f"{parameters:,}", *costs[name].values()])
-    se = costs["imagenet-xl"]
-    sle = costs["imagenet-latent"]
-    print_row("imagenet-xl / -latent", [f"{se[T] / sle[T]:.2f}" for T in se if T.startswith("T")])
-    print("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode.\n"
+    print_row("imagenet-xl / -latent", [f"{costs['imagenet-xl'][T] / costs['imagenet-latent'][T]:.2f}"
+                                        for T in costs["imagenet-xl"] if T.startswith("T")])
+    say("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode.\n"
           "The quotients are of T = 1, 2, 4 and 6. Folders are listed as if they had 10 classes.")
 
 
 def print_row(name, cells):
-    words = (f"{cell:.5g}" if isinstance(cell, float) else cell for cell in cells)
-    print(f"{name:24}", *(f"{word:>13}" for word in words))
+    say(f"{name:24}", *(f"{cell:>13.5g}" if isinstance(cell, float) else f"{cell:>13}" for cell in cells))
 
 
 if __name__ == "__main__":

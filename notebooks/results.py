@@ -35,11 +35,11 @@ sys.path.insert(0, str(HERE.parent))
 
 import spherify as sphere  # noqa: E402
 import train as training  # noqa: E402
-from fid import nearest_neighbours, pixel_features, whole_file  # noqa: E402
+from fid import nearest_neighbours, pixel_features, to_uint8, whole_file  # noqa: E402
 from losses import orthogonal_directions, pixel_reconstruction_loss, sliced_wasserstein_loss  # noqa: E402
 from models import SphereEncoder, cost  # noqa: E402
 from sample import POSITIONS, load, read_checkpoint, sampler, to_float  # noqa: E402
-from train import PRESETS, Samples, gathered, load_data, logged, quality, seeded  # noqa: E402
+from train import PRESETS, gathered, load_data, logged, quality, seeded  # noqa: E402
 
 SEEDS, COUNT, OUT = (0, 1, 2), 2000, Path("out/results")
 STEPS = (1, 2, 4, 6)
@@ -248,9 +248,12 @@ def copies(model, data, held_out, T=4):
     to the next one; the same of held-out images."""
     x = data[range(len(data))][0]
     real = pixel_features(torch.cat([x, x.flip(-1)]))
+    y = torch.arange(COUNT) % max(model.num_classes, 1)
+    drawn = lambda part: to_uint8((sampler(model)(model, y[part], T, first=part[0]) + 1) / 2)
     rows = {}
-    for name, images in {"samples": Samples(model, COUNT, steps=T), "held-out": held_out}.items():
-        features = torch.cat(gathered(range(len(images)), lambda part: pixel_features(images[part][0])))
+    for name, n, images in (("samples", COUNT, drawn),
+                            ("held-out", len(held_out), lambda part: held_out[part][0])):
+        features = torch.cat(gathered(range(n), lambda part: pixel_features(images(part))))
         distance, place = nearest_neighbours(features, real, 3)
         other = torch.where(place[:, 1] % len(x) == place[:, 0] % len(x), 2, 1)[:, None]
         ratio = distance[:, 0] / distance.gather(1, other)[:, 0].clamp(min=1e-12)

@@ -27,7 +27,7 @@ from torchvision.models import convnext_small, inception_v3, vgg16
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fid import INCEPTION_URL, InceptionV3, feature_network, frechet_distance  # noqa: E402
-from losses import CONVNEXT_SMALL, VGG16  # noqa: E402
+from losses import CONVNEXT_SMALL, VGG16, Objective  # noqa: E402
 from models import RAE, RAE_DECODER_SIZE, RAEDecoder, SphereTokenizer, build_model  # noqa: E402
 from train import CLIP, PRESETS, build, inputs, pick_device, sampler, update_ema, wrapped  # noqa: E402
 
@@ -55,17 +55,18 @@ def system(name):
              "clipping": lambda n: nn.utils.clip_grad_norm_(model.parameters(), CLIP),
              "optimizer": lambda n: optimizer.step(), "EMA": lambda n: update_ema(ema, model, preset.ema, 0)}
 
-    def step(n, objective=wrapped(model, preset, DEVICE, False, False)):
+    typed = replace(preset, precision="bf16" if dtype == BF16 else "float32")
+
+    def step(n, objective=wrapped(Objective(model, typed).to(DEVICE), False)):
         optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
-            loss, _ = objective(*parts["inputs"](n))
+        loss, _ = objective(*parts["inputs"](n))
         loss.backward()
         for part in ("clipping", "optimizer", "EMA"):
             parts[part](n)
 
     measured(f"{name} train", step, batch, dtype)
     if args.compile:
-        compiled = wrapped(model, preset, DEVICE, True, False)
+        compiled = wrapped(Objective(model, typed).to(DEVICE), True)
         measured(f"{name} train compiled", step, batch, dtype, lambda n: step(n, compiled))
     for part in parts if name in ("digits", "imagenet-l") else ():
         measured(f"{name} {part}", parts[part], batch)

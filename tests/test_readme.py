@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
     monkeypatch.setattr(train, "train", checked)
     monkeypatch.setattr(train, "evaluate", lambda path, **chosen: calls.append(path) or {})
     monkeypatch.setattr(train, "list_presets", lambda: calls.append("list"))
-    monkeypatch.setattr(train, "export", lambda *args: calls.append("export"))
+    monkeypatch.setattr(train, "export", lambda preset, export, count=None: calls.append("export"))
+    monkeypatch.setattr(train, "read_checkpoint",
+                        lambda *args: {"seed": 1, "preset": asdict(train.PRESETS["digits"])})
     assert train.main(argv) is None and len(calls) == 1
 
 

@@ -323,7 +323,7 @@ def test_pictures_have_a_row_per_class_with_its_name_or_make_a_square(
         ("--sampling colour=red", "colour=red is none of"), ("--sampling gamma=red", "gamma=red is none of"),
         ("--sampling project_last=True", "project_last; drop it"), ("reconstruct", "--images"),
         ("reconstruct --images a.png x.png", "x.png"), ("crossover --images a.png", "two"),
-        ("crossover --images a.png b.png --sampling r=1.75", "1.75"),
+        ("crossover --images a.png b.png --sampling r=1.75", "r in [0, 1]"),
         ("crossover --images a.png b.png --sampling bound=1", "bound"),
         ("manipulate --images a.png b.png", "one"))),
     ("tiny_tokenizer", "--classes 1", "null"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
@@ -344,8 +344,6 @@ def test_classes_are_asked_for_by_name_or_by_number_where_there_is_no_such_name(
     monkeypatch.setattr(sample, "load", lambda *args: model)
     run("any.pt", tmp_path, f"--count 4 --steps 1 --singles --classes {words}")
     assert_singles_are(generate(model, drawn, 1), tmp_path)
-    told = capsys.readouterr().out.split()[-len(words.split()):]
-    assert told == [["a", "10", "b", "null"][k] for k in drawn[:len(told)]]
     assert "a, 10, b, null or their numbers" in refusal(capsys, "any.pt", tmp_path / "none", "--classes 4")
 
 
