@@ -51,6 +51,7 @@ BETAS = (0.9, 0.95)                 # of AdamW, as in the official code
 CLIP = 1.0                          # largest norm of the gradient, likewise
 LOG_EVERY = 10                      # iterations
 SAVE_EVERY = 1000                   # iterations at most to a checkpoint and pictures; ten times a run or more
+LOCK = ".held-while-a-process-trains-here"                  # in a run's folder
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
 SPLITS = ("train", "val", "valid", "validation", "eval", "dev", "test")     # names of folders, not of classes
 
@@ -230,7 +231,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
         stored = open_run(preset, out, seed, resume, accumulate)
         with first_process_first():
             data, held_out, class_names = load_data(preset)
-            settings = {"seed": seed, "images": len(data),
+            settings = {"seed": int(seed), "images": len(data),
                         "class_names": class_names * preset.conditional}    # none, if it is not
             if stored:
                 must_equal(stored, {**asdict(preset), **settings}, out)
@@ -488,7 +489,7 @@ def only_writer(out, stored):
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".held-while-a-process-trains-here", timeout=10):
+    with FileLock(out / LOCK, timeout=10):
         if stored:
             cut_logs(out, stored["step"])
         else:

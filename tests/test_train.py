@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
@@ -90,6 +92,16 @@ def killed(path, nth):
         patch.setattr(torch, "save", half)
         yield
     assert not [*path.parent.glob("*.tmp")]
+
+
+def contents(folder):
+    """What is in the files of a run's folder, but for times and what pictures say about themselves."""
+    read = {".jsonl": lines, ".png": lambda path: Image.open(path).tobytes(),
+            ".npy": lambda path: np.load(path).tobytes(), "": lambda path: path.read_bytes()}
+    read[".pt"] = lambda path: [leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf
+                                for leaf in tree_leaves(read_checkpoint(path))]
+    return {str(path.relative_to(folder)): read[path.suffix](path)
+            for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +281,75 @@ def test_a_run_that_is_evaluated_killed_and_resumed_equals_one_that_nothing_dist
     assert stored["model"]["norm.running_mean"].abs().max() > 0
     assert torch.equal(stored["ema"]["norm.running_var"], stored["model"]["norm.running_var"])
     assert all(line["swd"] > 0 for line in lines(whole / "log.jsonl"))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_ends_at_any_of_its_writes_is_resumed_to_the_same_folder(tmp_path, monkeypatch, moment):
+    """A tokenizer, then its denoiser, evaluated. A file gets its name by os.replace: the nth time is the end."""
+    def ends(source, target, whole=os.replace):
+        writes.append(target)
+        if moment == "before" and len(writes) == n:
+            raise SystemExit
+        whole(source, target)
+        if len(writes) == n:
+            raise SystemExit
+
+    monkeypatch.setitem(PRESETS, "digits-tokenizer", replace(TOKENIZER, iterations=2))
+    preset = replace(TINY_LATENT, iterations=4)
+    options = dict(seed=1, device="cpu", evaluate_every=2 * 8 / 1500, count=20, steps=1)
+    whole = contents(train.train(preset, tmp_path / "whole", **options).parent)
+    for n in range(1, 99):
+        writes, broken = [], tmp_path / str(n)
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            patch.setattr(os, "replace", ends)
+            train.train(preset, broken, **options)
+        if len(writes) < n:
+            break
+        last = train.train(preset, broken, resume=(broken / "last.pt").exists(), **options)
+        assert contents(last.parent) == whole, f"{n}: {writes[-1]}"
+    assert n > 15 and len(whole) == 16
+
+
+def test_scores_are_compared_with_those_of_the_same_settings(tmp_path):
+    options = dict(seed=1, device="cpu", evaluate_every=0.01, count=20)
+    train.train(TINY, tmp_path / "run", **options, steps=1)
+    longer = replace(TINY, iterations=8)
+    for more in (dict(steps=2), dict(steps=1, cfg=3.0)):
+        train.train(longer, tmp_path / "run", resume=True, **options, **more)
+        longer = replace(longer, iterations=longer.iterations + 2)
+    evaluations = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert [line["settings"].get("cfg") or line["settings"]["steps"] for line in evaluations] == [1, 1, 1, 1, 2, 3.0]
+    assert distance(tmp_path / "run" / "best.pt", cfg=3.0) == evaluations[-1]["Fréchet distance"]["T = 1"]
+
+
+def test_one_process_writes_to_a_folder_until_it_is_killed(unbroken, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "FileLock", lambda path, timeout: FileLock(path, 0))
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    holds = f"from filelock import FileLock\nwith FileLock({str(run / train.LOCK)!r}): print(flush=True), input()"
+    process = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    before = contents(run)
+    assert str(run) in refused(capsys, "--out", run, "--resume", "--iterations", "14") and contents(run) == before
+    process.kill()
+    process.wait()
+    command("--out", run, "--resume", "--iterations", "14")
+    assert read_checkpoint(run / "last.pt")["step"] == 14
+
+
+def test_a_run_trains_in_a_thread_too(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train.train, TINY, tmp_path / "run", device="cpu").result().exists()
+
+
+def test_a_ctrl_c_that_the_loop_does_not_see_goes_to_whoever_is_next():
+    with train.interruptible() as outer:
+        with train.interruptible():
+            signal.raise_signal(signal.SIGINT)              # in the last picture of a tokenizer, say
+        assert outer == [signal.SIGINT]
+        outer.clear()
+    with pytest.raises(KeyboardInterrupt), train.interruptible():
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("signals, stands", [
@@ -510,6 +591,15 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
     assert all(isinstance(leaf, plain) for leaf in tree_leaves([last, model]))
 
 
+def test_settings_of_numpy_and_paths_are_stored_as_plain_values(trained, tmp_path):
+    preset = replace(TINY, lr=np.float64(TINY.lr), iterations=np.int64(6), data=Path("data"), weights=[*TINY.weights],
+                     sampling={"alpha": np.float32(60)})
+    assert (preset, preset.sampling) == (replace(TINY, sampling={"alpha": 60.0}), {"alpha": 60.0})
+    run = train.train(preset, tmp_path / "run", seed=np.int64(3), device="cpu")
+    assert lines(run.parent / "log.jsonl") == lines(trained.parent / "log.jsonl")
+    train.train(preset, run.parent, seed=3, resume=True, device="cpu")
+
+
 def test_seeds_and_only_seeds_and_settings_decide_a_run(trained, tmp_path):
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -571,6 +661,9 @@ def images_at(root, paths, preset="folder"):
     ("train/1 _bus/1", [1, 0], None, ["_bus", "train"], ""),
     ("train/a/1 train/b/1 .git/1", [0, 1], None, ["a", "b"], ""),
     ("val/1 test/1", [1, 0], None, ["test", "val"], ""),
+    ("training/a/1 training/b/1 testing/b/1 testing/b/2", [0, 1], [1, 1], ["a", "b"], "testing"),
+    ("train/a/1 train/b/1 eval/b/1", [0, 1], [1], ["a", "b"], "eval"),
+    ("all/a/1 all/b/1", [0, 1], None, ["a", "b"], ""), ("x/y/train/1 x/y/val/1", [0], [0], [], "val"),
     ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], ""), ("a/1 cover", [0, 0], None, [], ""),
     ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "images")])
 def test_folders_are_classes_or_splits_and_what_is_held_or_left_out_is_said(
@@ -726,6 +819,10 @@ def help_of(capsys, *words):
     return dict(part.partition(" ")[::2] for part in re.split(r" (?=--[a-z-]+[ ,])", text))
 
 
+def test_every_data_set_is_a_choice():
+    assert set(train.Preset.__dataclass_fields__["dataset"].metadata["choices"]) == set(train.DATA_SETS)
+
+
 def test_help_shows_the_settings_of_the_preset_however_it_is_given(capsys):
     one, two = help_of(capsys, "--preset=cifar10"), help_of(capsys, "--preset", "cifar10")
     assert one == two and one["--image-size"].endswith("(32)") and one["--epochs"].endswith("(5000)")
@@ -858,7 +955,19 @@ def test_guidance_sampling_and_the_choice_of_weights_reach_the_samples_that_are_
     ("--preset digits-latent --tokenizer {latent}", "--tokenizer"),
     ("--preset digits-latent --tokenizer {trained} --image-size 32", "--image-size 32"),
     ("--preset digits-latent --tokenizer rae", "DINOv2"), ("--weights 1,1", "--weights"),
-    ("--accumulate 3", "--batch-size"), ("--precision fp16", "--precision"),
+    ("--accumulate 3", "--batch-size"), ("--precision fp16", "--precision"), ("--dataset mnist", "--dataset"),
+    *((words, words.split()[0]) for words in (
+        "--lr -1", "--warmup 2", "--min-lr 1", "--ema nan", "--epochs inf", "--image-size 0", "--weights 0,0,0,0,0",
+        "--iterations -5", "--accumulate 0", "--evaluate-every -1", "--cfg 1e308", "--count 0", "--seed -1")),
+    *((words, f"{words.split()[0]} means nothing") for words in (
+        "--data photos", "--latents z.npy", "--noise 1,1", "--distance l1", "--epochs 1 --iterations 2")),
+    *((f"--preset digits-latent {words}", f"{words.split()[0]} means nothing") for words in (
+        "--encoder-size 16,1,2", "--batch-norm", "--swd-weight 1", "--alpha-hard 85")),
+    ("--encoder-size 8,1,0", "size"), ("--encoder-size 8,1", "size"), ("--list --seed 3", "takes no seed"),
+    ("--evaluate {trained} --preset digits", "takes no preset"), ("--evaluate {trained} --export x", "no export"),
+    ("--export photos", "photos"), ("--evaluate-every 1 --count 3", "more than 3 images"),
+    ("--evaluate-every 1 --reference no.npz", "no.npz"),
+    ("--preset digits-latent --evaluate-every 1 --steps 0", "steps"),
     ("--batch-norm --accumulate 2", "--batch-norm"),
     ("--alpha-max 90", "90"), ("--encoder-size tiny", "tiny"), ("--steps 5000 --iterations 1", "steps"),
     ("--sampling colour=red", "colour=red is none of"), ("--sampling alpha=red", "alpha=red is none of"),
@@ -880,7 +989,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     monkeypatch.chdir(tmp_path)
     Path("damaged.pt").write_bytes(b"rubbish")
     words = words.format(trained=trained, latent=trained_latent).split()
-    assert named in refused(capsys, *words, *([] if "--evaluate" in words else ["--out", "run"]))
+    trains = not {"--evaluate", "--export", "--list"} & {*words}
+    assert named in refused(capsys, *words, *(["--out", "run"] if trains else []))
     assert not Path("run").exists()
 
 
