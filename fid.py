@@ -48,9 +48,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1, sigma2  [D, D]  covariances, symmetric; may be rank-deficient
     returns         float, clamped at 0 against rounding
 
-    The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'. So no
-    matrix square root and no epsilon is needed: directions without variance are dropped, since they add
-    nothing to the trace. Raises ValueError for covariances of unequal sizes, or that cannot be one."""
+    The trace of (S1 S2)^(1/2) is the sum of the singular values of C1' C2 with S1 = C1 C1', S2 = C2 C2'. So
+    no matrix square root and no epsilon is needed: directions without variance are dropped, since they add
+    nothing to the trace. Raises ValueError for unequal sizes, or a matrix that is no covariance."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).cpu().double() for a in (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape:
         raise ValueError(f"features of {len(mu1)} and of {len(mu2)} dimensions cannot be compared")
@@ -72,8 +72,8 @@ def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of the predicted classes, for each of several parts of the images.
 
     logits   [n, classes], those without bias of InceptionV3; dealt out in torch-fidelity's fixed order
-    returns  (mean, standard deviation) over the parts, at most the images of a part; published ones use 50,000
-             images. Raises ValueError if there are no more images than parts"""
+    returns  (mean, standard deviation) over the parts, at most the images of a part; published ones are of
+             50,000 images. Raises ValueError if there are no more images than parts"""
     n = len(logits)
     if n <= splits:
         raise ValueError(f"an Inception Score of {splits} parts needs more than {splits} images, got {n}")

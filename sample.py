@@ -267,8 +267,8 @@ def read_checkpoint(path, key="config"):
     except OSError:
         raise
     except Exception as error:                              # torch.load knows a dozen kinds
-        raise ValueError(f"{path}: no checkpoint of torch.save, or damaged; only tensors and plain values are "
-                         f"read, since objects can run code ({str(error).partition('.')[0]})") from None
+        raise ValueError(f"{path}: no checkpoint of torch.save, or damaged; only tensors and plain values "
+                         f"are read, since objects can run code ({str(error).partition('.')[0]})") from None
     if not isinstance(checkpoint, dict) or key not in checkpoint:
         raise ValueError(f"{path}: it has no {key}; a checkpoint of train.py has one, the official code's "
                          f"needs its cfg.json: --config")
@@ -289,7 +289,8 @@ def load(path, device="cpu", ema=None, config=None):
             settings = convert_official_config(json.loads(Path(config).read_bytes()))
             stored = {"config": settings, "class_names": [str(k) for k in range(settings["num_classes"])],
                       "preset": {"sampling": {}, "use_ema": False}, "tokenizer": None,
-                      "model": convert_official(stored["model"]), "ema": convert_official(stored["ema_model"])}
+                      "model": convert_official(stored["model"]),
+                      "ema": convert_official(stored["ema_model"])}
         own = stored["preset"]["use_ema"]
         if ema is None:
             ema = own

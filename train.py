@@ -221,7 +221,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
     latents     npy file of cached_latents; out/latents.npy if the images are in memory, else none
 
     Raises ValueError or OSError for bad input, FloatingPointError for a loss or gradient that is not finite,
-    KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came."""
+    KeyboardInterrupt, after saving, if Ctrl-C or SIGTERM came or the terminal closed."""
     out = Path(out)
     device = start_process(device)
     with contextlib.ExitStack() as entered:
@@ -251,7 +251,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
 
         # From here on the folder is a run to resume: of a new one, last.pt is the first file.
         entered.enter_context(only_writer(out, stored))
-        window = [*stored["window"]] if stored else []      # the iterations since the last line of the log
+        # Iterations since the last line of the log.
+        window = [*stored.get("window", ())] if stored else []
 
         def save(step):
             write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(), window=window,
@@ -476,8 +477,8 @@ def must_equal(stored, settings, out):
     for name, value in settings.items():
         known = before.get(name)
         if value != known and name not in ("data", "epochs", "iterations"):                # moved, extended
-            raise ValueError(f"{out} was trained with {name} {known!s:.300}, not {value!s:.300}; --resume has "
-                             f"its settings and data: drop that option and --preset, or change --out")
+            raise ValueError(f"{out} was trained with {name} {known!s:.300}, not {value!s:.300}; --resume "
+                             f"has its settings and data: drop that option and --preset, or change --out")
 
 
 @contextlib.contextmanager
@@ -494,7 +495,7 @@ def only_writer(out, stored):
             cut_logs(out, stored["step"])
         else:
             must_be_free(out)
-        for path in out.glob("*.tmp"):                      # left by writers that were killed
+        for path in out.glob("*.????????-????-????-????-????????????.tmp"):     # of writers that were killed
             path.unlink()
         yield
 
@@ -576,8 +577,8 @@ def checked(window, done):
     for iteration, row in enumerate(rows, done - len(rows) + 1):
         for name, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} in iteration {iteration}; the last checkpoint "
-                                         f"is good, try a lower --lr")
+                raise FloatingPointError(f"{name} became {value} in iteration {iteration}; the last "
+                                         f"checkpoint is good, try a lower --lr")
     return rows
 
 
@@ -735,7 +736,8 @@ def image_folder(root):
         classes = {path: number[name] for path, name in group.items() if name in number}
         others = {*group.values()} - {*number, ""}
         if others or not classes:
-            raise ValueError(f"{folder} has the classes {others!s:.300}, the training images have {names!s:.300}")
+            raise ValueError(f"{folder} has the classes {others!s:.300}, the training images have "
+                             f"{names!s:.300}")
         parts.append(([*classes], [*classes.values()]))
         if len(classes) < len(paths):
             warnings.warn(f"{folder}: {len(classes)} of {len(paths)} images are used")
@@ -770,8 +772,8 @@ def load_data(preset):
     try:
         parts, class_names = read(Path(preset.data))
     except Exception as error:                              # of a dozen kinds, in torchvision
-        raise OSError(f"{preset.data}: {preset.dataset} can be neither read nor downloaded ({error}); see the "
-                      f"README, \"At the papers' scale\", for what --data must hold") from None
+        raise OSError(f"{preset.data}: {preset.dataset} can be neither read nor downloaded ({error}); see "
+                      f"the README, \"At the papers' scale\", for what --data must hold") from None
     data, *others = [data_set(images, classes, preset.image_size) for images, classes in parts]
     return data, others[0] if others else None, class_names
 
@@ -848,7 +850,8 @@ def cached_latents(path, data, tokenizer, flip, device):
 
 
 def export(preset, export, count=None):
-    """Write images, at most `count` of each part, as EXPORT/train/CLASS/PLACE.png and, held out, EXPORT/val/..."""
+    """Write images, at most `count` of each part, as EXPORT/train/CLASS/PLACE.png and, held out,
+    EXPORT/val/..., in a new folder."""
     train, held_out, class_names = load_data(preset)
     Path(export).mkdir(parents=True)                        # raises for one that exists
     for part, data in (("train", train), ("val", held_out or ())):
@@ -904,7 +907,7 @@ def first_process_first():
 @contextlib.contextmanager
 def interruptible():
     """Turn Ctrl-C, SIGTERM and a closed terminal into entries of a list that the loop looks at. A second one
-    interrupts at once, but not under torchrun, which passes on the Ctrl-C that its processes have already had.
+    interrupts at once, but not under torchrun, which passes on the Ctrl-C that its processes already had.
     What the loop did not see goes to whom it would have gone without this."""
     came = []
 

@@ -484,6 +484,7 @@ def test_inception_weights_that_cannot_be_had_name_file_and_url(
     ("A B --save damaged.npz", "already exists"), ("A --save damaged.npz/new.npz", "damaged.npz"),
     ("A missing.npz --save new.npz", "No such file or directory: 'missing.npz'"),
     ("A floats.npz", "floats.npz: not an npz file"), ("A nan.npz", "nan.npz: not an npz file"),
+    ("complex.npz B", "complex.npz: not an npz file"), ("indefinite.npz B", "negative eigenvalue"),
     ("A B --device abacus", "--device abacus cannot be used here"),
 ])
 def test_mistakes_of_the_command_are_one_line_and_write_nothing(
@@ -501,6 +502,8 @@ def test_mistakes_of_the_command_are_one_line_and_write_nothing(
     np.savez("other.npz", mean=np.zeros(768))
     np.savez("floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     np.savez("nan.npz", mu=np.full(768, np.nan), sigma=np.eye(768))
+    np.savez("complex.npz", mu=np.zeros(768), sigma=1j * np.eye(768))
+    np.savez("indefinite.npz", mu=np.zeros(768), sigma=np.diag([-1.0] + [1.0] * 767))
     np.savez("inception.npz", mu=np.zeros(2048), sigma=np.eye(2048), features="torch-fidelity")
     content = lambda: {path: path.read_bytes() for path in Path().rglob("*.*")}
     before = content()

@@ -128,6 +128,22 @@ def test_images_do_not_depend_on_the_batch(kind, options, request):
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
 
 
+def test_no_class_is_the_null_class_and_one_class_one_image(model):
+    for y, same in ((None, [model.num_classes]), (3, [3])):
+        assert torch.equal(generate(model, y, 2), generate(model, same, 2))
+    with pytest.raises(ValueError, match="y must be"):
+        generate(model, [], 2)
+
+
+def test_a_thousand_classes_are_not_all_interpolated_unless_asked_for(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda *args: model)
+    model.class_names = [str(k) for k in range(1000)]
+    monkeypatch.setattr(model, "num_classes", 1000)
+    monkeypatch.setattr(sample, "interpolate", lambda model, y, *rest, **how: torch.zeros(2, 3, 12, 20))
+    run("any.pt", tmp_path, "interpolate --frames 2")
+    assert Image.open(tmp_path / "interpolate.png").height < 1000
+
+
 def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model, denoiser):
     x, tokenizer = generate(model, Y, 1), denoiser.tokenizer
     torch.testing.assert_close(reconstruct(model, x), model.decode(spherify(model.encode(x))))
@@ -169,7 +185,8 @@ class Explosive:
 
 
 @pytest.mark.parametrize("damage, named", [
-    *((damage, "bad.pt") for damage in "missing text empty truncated pickle code foreign".split()),
+    *((damage, "bad.pt") for damage in "missing text empty truncated flipped pickle code foreign".split()),
+    ("nan", "not finite"),
     ("setting", "colour"), ("weights", "decoder.ffn.linear.bias"), ("no config", "bad.pt"),
     ("no preset", "bad.pt"), ("no average", "ema"),])
 def test_what_is_no_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys, monkeypatch, damage, named):
@@ -180,8 +197,11 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys,
     change = {"code": {"class_names": Explosive()}, "weights": {"model": weights},
               "setting": {"config": {**checkpoint["config"], "colour": 1}}, "no config": {"config": None},
               "no preset": {"preset": None},
-              "no average": {"preset": {**checkpoint["preset"], "use_ema": False}}}
-    raw = {"text": b"hello", "empty": b"", "truncated": good.read_bytes()[:20_000],
+              "no average": {"preset": {**checkpoint["preset"], "use_ema": False}},
+              "nan": {"model": {name: x / 0 for name, x in checkpoint["model"].items()}}}
+    flipped = bytearray(good.read_bytes())
+    flipped[len(flipped) // 2] ^= 64                                        # one bit of a weight
+    raw = {"text": b"hello", "empty": b"", "truncated": good.read_bytes()[:20_000], "flipped": flipped,
            "pickle": pickle.dumps(Explosive())}
     if damage in raw:
         path.write_bytes(raw[damage])
@@ -325,7 +345,9 @@ def test_pictures_have_a_row_per_class_with_its_name_or_make_a_square(
         ("reconstruct --images a.png x.png", "x.png"), ("crossover --images a.png", "two"),
         ("crossover --images a.png b.png --sampling r=1.75", "r in [0, 1]"),
         ("crossover --images a.png b.png --sampling bound=1", "bound"),
-        ("manipulate --images a.png b.png", "one"))),
+        ("manipulate --images a.png b.png", "one"), ("--mask diagonal", "no mask"),
+        ("crossover --images a.png b.png --classes 3 4", "one of --classes"), ("--cfg 1e308", "--cfg"),
+        ("reconstruct --images a.png --steps 3", "no steps"), ("interpolate --count 5", "no count"))),
     ("tiny_tokenizer", "--classes 1", "null"), ("tiny_tokenizer", "--cfg 2", "model without classes"),
     ("tiny_tokenizer", "manipulate --images a.png", "classes"),
     ("trained_latent", "--sampling position=encoder", "position; drop it"),

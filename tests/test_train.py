@@ -285,7 +285,7 @@ def test_a_run_that_is_evaluated_killed_and_resumed_equals_one_that_nothing_dist
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_that_ends_at_any_of_its_writes_is_resumed_to_the_same_folder(tmp_path, monkeypatch, moment):
-    """A tokenizer, then its denoiser, evaluated. A file gets its name by os.replace: the nth time is the end."""
+    """A tokenizer, then its denoiser, evaluated. A file gets its name by os.replace; the nth is the end."""
     def ends(source, target, whole=os.replace):
         writes.append(target)
         if moment == "before" and len(writes) == n:
@@ -318,7 +318,8 @@ def test_scores_are_compared_with_those_of_the_same_settings(tmp_path):
         train.train(longer, tmp_path / "run", resume=True, **options, **more)
         longer = replace(longer, iterations=longer.iterations + 2)
     evaluations = lines(tmp_path / "run" / "evaluations.jsonl")
-    assert [line["settings"].get("cfg") or line["settings"]["steps"] for line in evaluations] == [1, 1, 1, 1, 2, 3.0]
+    told = [line["settings"].get("cfg") or line["settings"]["steps"] for line in evaluations]
+    assert told == [1, 1, 1, 1, 2, 3.0]
     assert distance(tmp_path / "run" / "best.pt", cfg=3.0) == evaluations[-1]["Fréchet distance"]["T = 1"]
 
 
@@ -326,11 +327,13 @@ def test_one_process_writes_to_a_folder_until_it_is_killed(unbroken, tmp_path, c
     monkeypatch.setattr(train, "FileLock", lambda path, timeout: FileLock(path, 0))
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    holds = f"from filelock import FileLock\nwith FileLock({str(run / train.LOCK)!r}): print(flush=True), input()"
-    process = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holds = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print(flush=True), input()"
+    process = subprocess.Popen([sys.executable, "-c", holds, run / train.LOCK],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     before = contents(run)
-    assert str(run) in refused(capsys, "--out", run, "--resume", "--iterations", "14") and contents(run) == before
+    assert str(run) in refused(capsys, "--out", run, "--resume", "--iterations", "14")
+    assert contents(run) == before
     process.kill()
     process.wait()
     command("--out", run, "--resume", "--iterations", "14")
@@ -592,8 +595,8 @@ def test_a_run_leaves_log_plot_pictures_and_checkpoints_of_plain_values(tmp_path
 
 
 def test_settings_of_numpy_and_paths_are_stored_as_plain_values(trained, tmp_path):
-    preset = replace(TINY, lr=np.float64(TINY.lr), iterations=np.int64(6), data=Path("data"), weights=[*TINY.weights],
-                     sampling={"alpha": np.float32(60)})
+    preset = replace(TINY, lr=np.float64(TINY.lr), iterations=np.int64(6), data=Path("data"),
+                     weights=[*TINY.weights], sampling={"alpha": np.float32(60)})
     assert (preset, preset.sampling) == (replace(TINY, sampling={"alpha": 60.0}), {"alpha": 60.0})
     run = train.train(preset, tmp_path / "run", seed=np.int64(3), device="cpu")
     assert lines(run.parent / "log.jsonl") == lines(trained.parent / "log.jsonl")
@@ -957,14 +960,15 @@ def test_guidance_sampling_and_the_choice_of_weights_reach_the_samples_that_are_
     ("--preset digits-latent --tokenizer rae", "DINOv2"), ("--weights 1,1", "--weights"),
     ("--accumulate 3", "--batch-size"), ("--precision fp16", "--precision"), ("--dataset mnist", "--dataset"),
     *((words, words.split()[0]) for words in (
-        "--lr -1", "--warmup 2", "--min-lr 1", "--ema nan", "--epochs inf", "--image-size 0", "--weights 0,0,0,0,0",
-        "--iterations -5", "--accumulate 0", "--evaluate-every -1", "--cfg 1e308", "--count 0", "--seed -1")),
+        "--lr -1", "--warmup 2", "--min-lr 1", "--ema nan", "--epochs inf", "--image-size 0",
+        "--weights 0,0,0,0,0", "--iterations -5", "--accumulate 0", "--evaluate-every -1", "--cfg 1e308",
+        "--count 0", "--seed -1")),
     *((words, f"{words.split()[0]} means nothing") for words in (
         "--data photos", "--latents z.npy", "--noise 1,1", "--distance l1", "--epochs 1 --iterations 2")),
     *((f"--preset digits-latent {words}", f"{words.split()[0]} means nothing") for words in (
         "--encoder-size 16,1,2", "--batch-norm", "--swd-weight 1", "--alpha-hard 85")),
     ("--encoder-size 8,1,0", "size"), ("--encoder-size 8,1", "size"), ("--list --seed 3", "takes no seed"),
-    ("--evaluate {trained} --preset digits", "takes no preset"), ("--evaluate {trained} --export x", "no export"),
+    ("--evaluate {trained} --preset digits", "no preset"), ("--evaluate {trained} --export x", "no export"),
     ("--export photos", "photos"), ("--evaluate-every 1 --count 3", "more than 3 images"),
     ("--evaluate-every 1 --reference no.npz", "no.npz"),
     ("--preset digits-latent --evaluate-every 1 --steps 0", "steps"),
