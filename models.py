@@ -611,9 +611,9 @@ def _size(size, named):
 # ---- Building ----------------------------------------------------------------------------------------------
 
 
-def build_model(preset, class_names, latent_shape=None, generator=torch.Generator()):
-    """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer. The seed of
-    a generator decides its weights, and the global random state is left alone."""
+def build_model(preset, class_names, latent_shape=None, generator=torch.default_generator):
+    """The network of a Preset of train.py; latent_shape (N, d) is that of a denoiser's tokenizer. The seed
+    of a generator, by default that of torch.manual_seed, decides its weights; no random state is changed."""
     p = preset
     if not p.conditional:
         class_names = []

@@ -257,8 +257,8 @@ def write_checkpoint(path, model, preset, **more):
 
 
 def read_checkpoint(path, key="config"):
-    """The dictionary in a checkpoint. Raises ValueError, naming the path, if it is missing, damaged or lacks
-    the key."""
+    """The dictionary in a checkpoint. Raises OSError if it cannot be opened, and ValueError, naming the path,
+    if it is damaged or lacks the key."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():                           # of its checksums, which torch.load does not read

@@ -83,7 +83,7 @@ class Preset:
     latent_dim: int = option(32, "d, channels of a latent token; L = N d")
     encoder_size: str | tuple = option("small", "small .. giant, or width,depth,heads")
     decoder_size: str | tuple = option("small", "likewise for the decoder")
-    mixer_depth: int = option(4, "blocks of each MLP-Mixer")
+    mixer_depth: whole_number = option(4, "blocks of each MLP-Mixer")
     pixel_head: str = option("linear", "linear or conv", choices=("linear", "conv"))
     encoder_classes: bool = option(True, "condition the encoder too, not the decoder alone")
     batch_norm: bool = option(False, "normalise the encoder's output before f, SE App. C.3")
@@ -227,7 +227,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
     with contextlib.ExitStack() as entered:
         interrupted = entered.enter_context(interruptible())
 
-        # What is trained, on what. Whatever can fail does so before the run's folder is written to.
+        # What is trained, on what. What can fail does so before the run's folder is written to.
         stored = open_run(preset, out, seed, resume, accumulate)
         with first_process_first():
             data, held_out, class_names = load_data(preset)
@@ -237,7 +237,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                 must_equal(stored, {**asdict(preset), **settings}, out)
             else:
                 check_files(data, held_out)
-            tokenizer = open_tokenizer(preset, seed, device, stored)
+            tokenizer = open_tokenizer(preset, class_names, seed, device, stored)
             model, ema, optimizer = build(preset, class_names, tokenizer, seed, device, stored)
             objective = Objective(model.eval(), preset).to(device)
         objective = wrapped(objective, compile)
@@ -252,7 +252,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
         # From here on the folder is a run to resume: of a new one, last.pt is the first file.
         entered.enter_context(only_writer(out, stored))
         # Iterations since the last line of the log.
-        window = [*stored.get("window", ())] if stored else []
+        window = stored["window"] if stored else []
 
         def save(step):
             write_checkpoint(out / "last.pt", model, preset, ema=ema.state_dict(), window=window,
@@ -293,8 +293,9 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                 rows = quality(sampled, data, held_out, **evaluation)
                 keep_best(out, done, sampled, preset, rows, evaluation)
             if saves:
-                draw(out, done, sampled, preset, held_out or data)
+                draw(out, done, sampled, held_out or data)
             if saves or stops:
+                write_checkpoint(out / "model.pt", sampled, preset)
                 save(done)                                  # last: --resume trusts that all else is written
             if stops:
                 raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; everything is in "
@@ -363,9 +364,10 @@ def learning_rate(preset, step, total):
 
 def seeded(seed, purpose, index=0, device="cpu"):
     """A generator for a seed, purpose and index, hashed into the 32 bits that torch uses of a CPU's seed."""
+    # "directions" and "loader" keep the places of the others.
     purposes = ("order", "draws", "init", "directions", "choice", "loader", "noise")
     hashed = np.random.SeedSequence((seed, purposes.index(purpose), index)).generate_state(1)
-    return torch.Generator(device).manual_seed(int(hashed[0]))
+    return torch.Generator(device).manual_seed(hashed.item())
 
 
 @lru_cache(1)
@@ -462,7 +464,7 @@ def open_run(preset, out, seed, resume, accumulate):
     if not resume:
         must_be_free(out)
         return None
-    return read_checkpoint(out / "last.pt", "optimizer")
+    return read_checkpoint(out / "last.pt", "window")
 
 
 def must_be_free(out):
@@ -475,9 +477,9 @@ def must_equal(stored, settings, out):
     """Raises ValueError if a run was trained with other settings or data, rather than mix two runs."""
     before = {**stored, **stored["preset"]}
     for name, value in settings.items():
-        known = before.get(name)
-        if value != known and name not in ("data", "epochs", "iterations"):                # moved, extended
-            raise ValueError(f"{out} was trained with {name} {known!s:.300}, not {value!s:.300}; --resume "
+        earlier = before.get(name)
+        if value != earlier and name not in ("data", "epochs", "iterations"):                # moved, extended
+            raise ValueError(f"{out} was trained with {name} {earlier!s:.300}, not {value!s:.300}; --resume "
                              f"has its settings and data: drop that option and --preset, or change --out")
 
 
@@ -485,7 +487,7 @@ def must_equal(stored, settings, out):
 def only_writer(out, stored):
     """Hold a run's folder for the first process, as the only one that writes to it, and remove what is newer
     than the checkpoint to resume from. The lock is the operating system's: it ends with its process.
-    Raises ValueError if another process holds the folder, or for a new run if there is one in it."""
+    Raises OSError if another process holds the folder, ValueError for a new run if there is one in it."""
     if not is_first_process():
         yield
         return
@@ -512,7 +514,7 @@ def cut_logs(out, step):
                 file.write("".join(kept).encode())
 
 
-def open_tokenizer(preset, seed, device, stored):
+def open_tokenizer(preset, class_names, seed, device, stored):
     """The frozen autoencoder of a denoiser, None for a Sphere Encoder. One that is named by its preset is not
     trained yet; see train_tokenizer."""
     path = preset.tokenizer
@@ -520,7 +522,10 @@ def open_tokenizer(preset, seed, device, stored):
         return None
     if stored or path == "rae":
         return load_tokenizer(stored["tokenizer"] if stored else path).to(device)
-    model = build_model(PRESETS[path], [], None, seeded(seed, "init")) if path in PRESETS else load(path)
+    if path in PRESETS:
+        model = build_model(PRESETS[path], class_names, (1, 1), seeded(seed, "init"))
+    else:
+        model = load(path)
     if not isinstance(model, SphereEncoder) or model.image_size != (preset.image_size,) * 2:
         raise ValueError(f"--tokenizer {path} is no Sphere Encoder for --image-size {preset.image_size}")
     return SphereTokenizer(model).to(device)
@@ -539,7 +544,7 @@ def build(preset, class_names, tokenizer, seed, device, stored):
     """Model, averaged model and optimizer: fresh from the seed, begun from another checkpoint, or resumed."""
     model = build_model(preset, class_names, tokenizer and tokenizer.latent_shape, seeded(seed, "init"))
     if preset.init and not stored:
-        say(take_weights(model, load(preset.init).state_dict()), "tensors taken from", preset.init)
+        say(take_weights(model, load(preset.init).state_dict()), "tensors taken from --init")
     model.to(device)
     groups = parameter_groups(model, preset.encoder_lr_scale, preset.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
@@ -549,9 +554,9 @@ def build(preset, class_names, tokenizer, seed, device, stored):
         if tokenizer:
             network.attach(tokenizer)
     if stored:
-        model.load_state_dict(stored["model"])
-        ema.load_state_dict(stored["ema"])
-        optimizer.load_state_dict(stored["optimizer"])
+        model.load_state_dict(stored.pop("model"))
+        ema.load_state_dict(stored.pop("ema"))
+        optimizer.load_state_dict(stored.pop("optimizer"))
     return model, ema, optimizer
 
 
@@ -589,8 +594,8 @@ def held_out_loss(objective, preset, model, held_out):
     if not held_out:
         return {}
     places = some(held_out, 64)
-    p = replace(preset, batch_size=64, flip=False)
-    x, *others = inputs(p, model, *held_out[places], 0, 0, slice(len(places)))
+    x, *others = inputs(replace(preset, batch_size=64, flip=False), model, *held_out[places], 0, 0,
+                        slice(len(places)))
     _, parts = getattr(objective, "module", objective).forward(x, *others)      # not compiled for this batch
     return {f"held_out_{name}": value.item() for name, value in parts.items()}
 
@@ -636,12 +641,11 @@ def keep_best(out, step, model, preset, rows, settings):
     say(name, scores[-1], "of best.pt", min(scores))
 
 
-def draw(out, step, model, preset, data):
-    """Write model.pt, and a picture by class of samples at 1, 2 and 4 steps, reconstructions of real images
-    and these images; and the plot of the losses."""
+def draw(out, step, model, data):
+    """Write a picture by class, of samples at 1, 2 and 4 steps, reconstructions of real images and these
+    images; and the plot of the losses."""
     if not is_first_process():
         return
-    write_checkpoint(out / "model.pt", model, preset)
     classes = data.targets.unique()[:10].tolist()
     columns = max(5, 20 // len(classes))
     places = [(data.targets == c).nonzero()[:, 0].repeat(columns)[:columns] for c in classes]
@@ -698,7 +702,7 @@ def torchvision_set(kind, root):
 def flowers102(root):
     """All images of Flowers-102, as in the paper."""
     sets = [datasets.Flowers102(root, split, download=True) for split in ("train", "val", "test")]
-    return [joined((data._image_files, data._labels) for data in sets)], list(map(str, range(1, 103)))
+    return [joined((data._image_files, data._labels) for data in sets)], [*map(str, range(1, 103))]
 
 
 def joined(parts):
@@ -727,17 +731,16 @@ def image_folder(root):
         roots = [top]
     groups = [class_of_images(paths, folder) for folder in roots]
     names = sorted({*groups[0].values()} - {""})
-    number = {name: k for k, name in enumerate(names)}
+    index = {name: k for k, name in enumerate(names)}
     if len(names) < 2:
         names = []
-        number[""] = 0
+        index[""] = 0
     parts = []
     for folder, group in zip(roots, groups):
-        classes = {path: number[name] for path, name in group.items() if name in number}
-        others = {*group.values()} - {*number, ""}
+        classes = {path: index[name] for path, name in group.items() if name in index}
+        others = {*group.values()} - {*index, ""}
         if others or not classes:
-            raise ValueError(f"{folder} has the classes {others!s:.300}, the training images have "
-                             f"{names!s:.300}")
+            raise ValueError(f"{folder} has images of classes that are not trained on: {others or 'none'!s:.300}")
         parts.append(([*classes], [*classes.values()]))
         if len(classes) < len(paths):
             warnings.warn(f"{folder}: {len(classes)} of {len(paths)} images are used")
@@ -773,7 +776,7 @@ def load_data(preset):
         parts, class_names = read(Path(preset.data))
     except Exception as error:                              # of a dozen kinds, in torchvision
         raise OSError(f"{preset.data}: {preset.dataset} can be neither read nor downloaded ({error}); see "
-                      f"the README, \"At the papers' scale\", for what --data must hold") from None
+                      f"the README for what --data must hold") from None
     data, *others = [data_set(images, classes, preset.image_size) for images, classes in parts]
     return data, others[0] if others else None, class_names
 
@@ -796,7 +799,7 @@ def resized(images, size):
     """Images [n, H, W] or [n, H, W, 3] in [0, 1] -> uint8 [n, 3, size, size]; 28x28 in a frame of 32x32."""
     images = images.reshape(*images.shape[:3], -1).permute(0, 3, 1, 2)
     if images.shape[-1] == 28:
-        images = F.pad(images, (2, 2, 2, 2))
+        images = F.pad(images, [2] * 4)
     images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < images.shape[-1])
     return to_uint8(images).expand(-1, 3, -1, -1)
 
@@ -805,8 +808,10 @@ def training_data(data, tokenizer, flip, device, latents, default):
     """Images; or cached latents of a denoiser's, if they are in memory or a file of latents is asked for."""
     if not tokenizer or not (latents or isinstance(data, TensorDataset)):
         return data
+    cached = partial(cached_latents, latents or default, data, tokenizer, flip, device)
     with first_process_first():
-        return cached_latents(latents or default, data, tokenizer, flip, device)
+        cached()
+    return cached()                                         # opened when no machine writes it any more
 
 
 def check_files(*data_sets):
@@ -836,8 +841,8 @@ def cached_latents(path, data, tokenizer, flip, device):
             # Written, not mapped: on a full disk a write is an error, a mapped page a crash.
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            places = torch.arange(len(data)).split(64)
-            for images, _ in tqdm(read_ahead(data, places, 4), "latents", disable=None):
+            batches = read_ahead(data, torch.arange(len(data)).split(64), 4)
+            for images, _ in tqdm(batches, "latents", disable=None):
                 file.write(encoded(images).tobytes())
     ends = [0, -1]
     expected = encoded(data[ends][0])
@@ -974,9 +979,10 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         return extracted(gathered(
             places, lambda part: [x.cpu() for x in network(images_at(part).to(device))]))
 
+    draw = sampler(model, cfg=cfg, seed=seed, **sampling)
+
     def drawn(T, part):
         """Samples at some places, in T steps, uint8."""
-        draw = sampler(model, cfg=cfg, seed=seed, **sampling)
         x = draw(model, y[part], T, first=part[0])
         return to_uint8((x + 1) / 2, draw.keywords.get("official", False))
 
@@ -1081,8 +1087,8 @@ def command_line(argv):
     first.add_argument("--preset", choices=PRESETS, default="digits")
     name = first.parse_known_args(argv)[0].preset
     parser = Parser("train.py", __doc__, argument_default=argparse.SUPPRESS)
-    for option, (kind, help) in OPTIONS.items():
-        add_option(parser, option, kind, help)
+    for option_name, (kind, help) in OPTIONS.items():
+        add_option(parser, option_name, kind, help)
     settings = parser.add_argument_group(f"settings; in brackets those of {name}")
     for f in fields(Preset):
         add_option(settings, f.name, f.type, f"{f.metadata['help']} ({getattr(PRESETS[name], f.name)})",
@@ -1134,7 +1140,7 @@ def main(argv=None):
     preset = PRESETS[name or "digits"]
     out = Path(given.pop("out", f"out/{name or 'digits'}"))
     if given.get("resume"):
-        stored = read_checkpoint(out / "last.pt", "optimizer")
+        stored = read_checkpoint(out / "last.pt", "window")
         given.setdefault("seed", stored["seed"])
         if not name:
             preset = Preset(**stored["preset"])

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -408,10 +409,11 @@ def test_a_run_begins_from_a_checkpoint_of_these_or_of_other_classes(trained, fo
 def test_a_finished_run_stays_as_it_is(unbroken, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    (run / "last.pt.of-a-killed-writer.tmp").write_bytes(b"half")
+    for name in (f"last.pt.{uuid4()}.tmp", "mine.tmp"):                     # of a killed writer, and a user's
+        (run / name).write_bytes(b"half")
     command("--out", run, "--resume")
     assert_same_run(run, unbroken)
-    assert not [*run.glob("*.tmp")]
+    assert [path.name for path in run.glob("*.tmp")] == ["mine.tmp"]
     for words, named in (("--seed 1", "already holds a run"), ("--resume --lr 0.5", "lr 0.005, not 0.5"),
                          ("--resume --seed 9", "seed 1, not 9"),
                          ("--resume --preset digits-tokenizer", "conditional True, not False")):
