@@ -62,7 +62,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def _factor(sigma):
     """C [D, rank] with C C' = sigma."""
     w, V = torch.linalg.eigh((sigma + sigma.T) / 2)
-    if w[0] < -1e-3 * w[-1]:
+    if w[0] < -1e-3 * w[-1] - 1e-6:                         # more than rounding, of constant images too
         raise ValueError("sigma of one of the two sets has a negative eigenvalue, so it is no covariance")
     keep = w > w[-1] * len(w) * torch.finfo(torch.float64).eps
     return V[:, keep] * w[keep].sqrt()
@@ -543,7 +543,8 @@ def main(argv=None):
     if args.save and Path(args.save).exists():
         raise ValueError(f"{args.save} already exists; remove it or choose another name")
     device = pick_device(args.device)
-    sets = [images_or_statistics(path, args.features) for path in (args.images, args.reference) if path]
+    sets = [images_or_statistics(path, args.features) for path in (args.images, args.reference)
+            if path is not None]
     saved = whole_file(args.save) if args.save else contextlib.nullcontext()
     with saved as file:                                     # a place that cannot be written to fails now
         network = lru_cache(partial(feature_network, args.features, device))

@@ -602,7 +602,7 @@ def _angles(grid, count):
 def _size(size, named):
     """(width, depth, heads) of a size that is given so, or by its name."""
     size = named.get(str(size), size)
-    if str(size).count(",") != 2 or min(size) < 1 or size[0] % (4 * size[2]):
+    if not re.fullmatch(r"\W[1-9]\d*, [1-9]\d*, [1-9]\d*\W", str(size)) or size[0] % (4 * size[2]):
         raise ValueError(f"a size must be one of {', '.join(named)}, or width,depth,heads where the width is "
                          f"a multiple of 4 heads; got {size!r}")
     return size
@@ -625,7 +625,7 @@ def build_model(preset, class_names, latent_shape=None, generator=torch.default_
             model = SphereEncoder(p.image_size, p.patch_size, p.latent_dim, len(class_names), p.encoder_size,
                                   p.decoder_size, p.mixer_depth, p.pixel_head, p.alpha_max, p.encoder_classes,
                                   p.batch_norm)
-    model.class_names = class_names
+    model.class_names = [*map(str, class_names)]
     return model
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -258,12 +259,14 @@ def write_checkpoint(path, model, preset, **more):
 
 def read_checkpoint(path, key="config"):
     """The dictionary in a checkpoint. Raises OSError if it cannot be opened, and ValueError, naming the path,
-    if it is damaged or lacks the key."""
+    if it is damaged, has numbers that are not finite, or lacks the key."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():                           # of its checksums, which torch.load does not read
                 raise ValueError("it has changed since it was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(leaf.isfinite().all() for leaf in tree_leaves(checkpoint) if torch.is_tensor(leaf)):
+            raise ValueError("some of its numbers are not finite")
     except OSError:
         raise
     except Exception as error:                              # torch.load knows a dozen kinds
@@ -282,7 +285,7 @@ def load(path, device="cpu", ema=None, config=None):
     ema      averaged weights or plain ones; None is the choice of the preset (of the official code: plain)
     returns  SphereEncoder, or SiT with its tokenizer, in eval mode, with `class_names` (one per class; empty
              if unconditional) and `sampling`, the defaults of its preset
-    Raises OSError or ValueError that names the file, and the weights that do not fit or are not finite."""
+    Raises OSError or ValueError that names the file, and the weights that do not fit."""
     stored = read_checkpoint(path, "ema_model" if config else "tokenizer")
     try:
         if config:
@@ -296,12 +299,9 @@ def load(path, device="cpu", ema=None, config=None):
             ema = own
         if "ema" not in stored and ema != own:
             raise ValueError("it has no choice of weights, last.pt does; leave --[no-][use-]ema out")
-        weights = stored.get("ema", stored["model"]) if ema else stored["model"]
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError("some weights are not finite")
         network = SiT if stored["tokenizer"] else SphereEncoder
         model = network(**stored["config"])
-        model.load_state_dict(weights)
+        model.load_state_dict(stored.get("ema", stored["model"]) if ema else stored["model"])
         model.class_names = stored["class_names"]
         model.preset = stored["preset"]
         model.sampling = model.preset["sampling"]

@@ -155,7 +155,7 @@ def step_schedule(steps, gamma, schedule="eq13"):
     schedule at gamma 1, "eq13" falls linearly to 0 at step T; "released", as the official code, to 1 / T
     returns  [T - 1]  float32
     Raises ValueError for steps < 1, gamma < 0 or an unknown schedule."""
-    if steps < 1 or not gamma >= 0 or schedule not in ("eq13", "released"):
+    if steps not in range(1, 10**6) or not gamma >= 0 or schedule not in ("eq13", "released"):
         raise ValueError(f"steps must be at least 1, gamma at least 0, the schedule eq13 or released, got "
                          f"{steps}, {gamma} and {schedule}")
     t = torch.arange(2, steps + 1, dtype=torch.float64)

@@ -51,7 +51,6 @@ BETAS = (0.9, 0.95)                 # of AdamW, as in the official code
 CLIP = 1.0                          # largest norm of the gradient, likewise
 LOG_EVERY = 10                      # iterations
 SAVE_EVERY = 1000                   # iterations at most to a checkpoint and pictures; ten times a run or more
-LOCK = ".held-while-a-process-trains-here"                  # in a run's folder
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
 SPLITS = ("train", "val", "valid", "validation", "eval", "dev", "test")     # names of folders, not of classes
 
@@ -121,7 +120,7 @@ class Preset:
 
     def __post_init__(self):
         """Turns NumPy's numbers, paths and lists into the plain values that a checkpoint can hold."""
-        plain = json.dumps(vars(self), default=lambda x: x.item() if hasattr(x, "item") else str(x))
+        plain = json.dumps(vars(self), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
         for name, value in json.loads(plain).items():
             if isinstance(value, list):
                 value = tuple(value)
@@ -492,7 +491,7 @@ def only_writer(out, stored):
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / LOCK, timeout=10):
+    with FileLock(out / ".held-while-a-process-trains-here", timeout=10):
         if stored:
             cut_logs(out, stored["step"])
         else:
@@ -623,7 +622,7 @@ def logged(path):
 def append(path, row):
     """Add a line to a log."""
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row, default=str) + "\n")
 
 
 def keep_best(out, step, model, preset, rows, settings):
@@ -740,10 +739,11 @@ def image_folder(root):
         classes = {path: index[name] for path, name in group.items() if name in index}
         others = {*group.values()} - {*index, ""}
         if others or not classes:
-            raise ValueError(f"{folder} has images of classes that are not trained on: {others or 'none'!s:.300}")
+            raise ValueError(f"{folder} has images of classes that are not trained on: "
+                             f"{others or 'none'!s:.300}")
         parts.append(([*classes], [*classes.values()]))
         if len(classes) < len(paths):
-            warnings.warn(f"{folder}: {len(classes)} of {len(paths)} images are used")
+            warnings.warn(f"{len(classes)} of {len(paths)} images are taken from {folder}")
     return parts, names
 
 
@@ -848,7 +848,8 @@ def cached_latents(path, data, tokenizer, flip, device):
     expected = encoded(data[ends][0])
     with contextlib.suppress(Exception):                    # NumPy knows a dozen kinds
         latents = np.load(path, mmap_mode="r")
-        if latents.shape == shape and np.allclose(latents[ends], expected, atol=0.02):
+        alike = (latents.dtype, latents.shape) == ("<f4", shape)
+        if alike and np.allclose(latents[ends], expected, atol=0.02):
             return StackDataset(latents, data.targets)
     raise ValueError(f"{path} is not of this tokenizer and these images, or damaged; delete it, or name "
                      f"another file: --latents")
@@ -942,7 +943,7 @@ def over_processes(values):
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(path, seed=0, data=None, device=None, use_ema=None, **options):
+def evaluate(path, data=None, device=None, use_ema=None, **options):
     """quality() of a checkpoint; data is the data set's folder, if it has moved, use_ema that of load."""
     device = start_process(device)
     with first_process_first():
@@ -952,7 +953,7 @@ def evaluate(path, seed=0, data=None, device=None, use_ema=None, **options):
     if preset.conditional and names != model.class_names:
         raise ValueError(f"{path} was trained on the classes {model.class_names!s:.300}, the data have "
                          f"{names!s:.300}")
-    return quality(model, train_set, held_out, seed=seed, **options)
+    return quality(model, train_set, held_out, **options)
 
 
 def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, features="pixels",
@@ -1098,8 +1099,8 @@ def command_line(argv):
 
 def add_option(group, name, kind, help, choices=None):
     """An option of a kind, perhaps with choices."""
-    types = {int: positive, float: number, str: os.path.expanduser, tuple: literal, str | tuple: literal}
-    how = {"type": types.get(kind, kind), "choices": choices}
+    types = {int: positive, whole_number: whole_number, float: number, str: os.path.expanduser}
+    how = {"type": types.get(kind, literal), "choices": choices}
     if kind is bool:
         how = {"action": argparse.BooleanOptionalAction}
     elif kind is dict:

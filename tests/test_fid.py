@@ -55,6 +55,14 @@ def test_frechet_of_a_linear_map():
     assert frechet_distance(ZERO, S, ZERO, A @ S @ A) == pytest.approx(expected, rel=1e-9)
 
 
+def test_frechet_of_equal_images_is_no_error_though_their_covariance_is_rounding():
+    """As an untrained model draws them, in the numbers that --evaluate takes by default."""
+    x = torch.full((1000, 256), 0.1) + 1e-8 * torch.randn(1000, 256)
+    same = fid.FeatureStatistics(256).update(x)
+    other = fid.FeatureStatistics(256).update(x + torch.randn(1000, 256))
+    assert frechet_distance(same.mean, same.covariance, other.mean, other.covariance) > 200
+
+
 def test_frechet_of_rank_deficient_covariances():
     P = np.diag([1.0] * (D // 2) + [0.0] * (D // 2))
     assert frechet_distance(ZERO, P, ZERO, I - P) == pytest.approx(D, rel=1e-9)

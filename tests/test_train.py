@@ -324,12 +324,24 @@ def test_scores_are_compared_with_those_of_the_same_settings(tmp_path):
     assert distance(tmp_path / "run" / "best.pt", cfg=3.0) == evaluations[-1]["Fréchet distance"]["T = 1"]
 
 
+def test_an_untrained_model_is_evaluated_as_it_is_by_default(tmp_path):
+    train.train(replace(TINY, iterations=1), tmp_path / "run", device="cpu", evaluate_every=1.0)
+    assert [line["step"] for line in lines(tmp_path / "run" / "evaluations.jsonl")] == [0, 1]
+
+
+def test_a_tokenizer_may_be_a_preset_with_classes(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "digits", replace(TINY, iterations=2))
+    path = train.train(replace(TINY_LATENT, tokenizer="digits"), tmp_path / "run", device="cpu")
+    own = load(tmp_path / "run" / "tokenizer" / "last.pt").state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in load(path).tokenizer.model.state_dict().items())
+
+
 def test_one_process_writes_to_a_folder_until_it_is_killed(unbroken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "FileLock", lambda path, timeout: FileLock(path, 0))
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
     holds = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print(flush=True), input()"
-    process = subprocess.Popen([sys.executable, "-c", holds, run / train.LOCK],
+    process = subprocess.Popen([sys.executable, "-c", holds, next(run.glob(".held*"))],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     before = contents(run)
