@@ -272,7 +272,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
             lr = learning_rate(preset, step, total)
             batch = inputs(preset, model, images, labels, seed, step, mine)
             model.train()
-            window.append(train_step(objective, optimizer, preset, lr, batch, accumulate))
+            window.append(train_step(objective, optimizer, lr, batch, accumulate))
             model.eval()
             update_ema(ema, model, preset.ema, step)
 
@@ -304,7 +304,7 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
     return out / "last.pt"
 
 
-def train_step(objective, optimizer, preset, lr, batch, accumulate):
+def train_step(objective, optimizer, lr, batch, accumulate):
     """Gradients of this process's part of a batch, clipped, and a step of the optimizer.
 
     lr          learning rate; every group of parameters has a factor of its own
@@ -314,8 +314,10 @@ def train_step(objective, optimizer, preset, lr, batch, accumulate):
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad()
     rows = []
-    for x, *others in micro_batches(*batch, count=accumulate):
-        loss, parts = objective(x, *others)
+    x, y, *others = batch
+    chunks = (other.chunk(accumulate) for other in others)
+    for micro_batch in zip(x.chunk(accumulate), y.chunk(accumulate, 1), *chunks):           # y is [4, B]
+        loss, parts = objective(*micro_batch)
         (loss / accumulate).backward()
         rows.append({**parts, "loss": loss.detach()})
     row = means(rows)
@@ -337,11 +339,6 @@ def plan(preset, images, stored, evaluate_every, evaluation):
     saves = min(SAVE_EVERY, total // 10)
     judges = round(evaluate_every * images / preset.batch_size)
     return start, total, [max(1, every // LOG_EVERY) * LOG_EVERY for every in (saves, judges)]
-
-
-def micro_batches(x, y, *others, count):
-    """A batch in equal parts; y is [4, B], all others are [B, ...]."""
-    return zip(x.chunk(count), y.chunk(count, dim=1), *(other.chunk(count) for other in others))
 
 
 def means(rows):
@@ -457,12 +454,12 @@ def open_run(preset, out, seed, resume, accumulate):
         raise ValueError("--batch-norm goes neither with --accumulate nor with several processes")
     if np.size(preset.weights) != 5 or not any(preset.weights) or np.size(preset.noise) != 2:
         raise ValueError("need five --weights, one of them above 0, and two numbers of --noise")
-    if not preset.min_lr <= preset.lr or preset.warmup > 1 or not (preset.epochs or preset.iterations):
+    if preset.min_lr > preset.lr or preset.warmup > 1 or not (preset.epochs or preset.iterations):
         raise ValueError("need --min-lr of at most --lr, --warmup of at most 1, and --epochs or --iterations")
     random_draws(preset, seed, 0)                           # raises for impossible angles or noise
     if not resume:
         must_be_free(out)
-        return None
+        return
     return read_checkpoint(out / "last.pt", "window")
 
 
@@ -503,7 +500,7 @@ def only_writer(out, stored):
 
 def cut_logs(out, step):
     """Cut the logs of a run back to the step of its checkpoint; what belongs to step 0 is made again."""
-    for path in out.glob("*.jsonl"):
+    for path in [*out.glob("log.jsonl"), *out.glob("evaluations.jsonl")]:
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if step and line.endswith("\n") and json.loads(line)["step"] <= step]
         if not kept:
@@ -518,7 +515,7 @@ def open_tokenizer(preset, class_names, seed, device, stored):
     trained yet; see train_tokenizer."""
     path = preset.tokenizer
     if not path:
-        return None
+        return
     if stored or path == "rae":
         return load_tokenizer(stored["tokenizer"] if stored else path).to(device)
     if path in PRESETS:
@@ -663,7 +660,7 @@ def draw(out, step, model, data):
 def plot_losses(path, lines):
     """Plot the loss and its unweighted parts over the iterations of a log."""
     from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 4)).subplots()
+    axes = Figure().subplots()
     for name, value in lines[-1].items():
         if value and re.match("loss|.*recon|con|lat|swd", name):
             seen = [line for line in lines if name in line]
@@ -859,7 +856,7 @@ def export(preset, export, count=None):
     """Write images, at most `count` of each part, as EXPORT/train/CLASS/PLACE.png and, held out,
     EXPORT/val/..., in a new folder."""
     train, held_out, class_names = load_data(preset)
-    Path(export).mkdir(parents=True)                        # raises for one that exists
+    os.makedirs(export)                                     # raises for one that exists
     for part, data in (("train", train), ("val", held_out or ())):
         for place in some(data, count):
             [image], [label] = data[[place]]
@@ -1117,15 +1114,16 @@ def literal(text):
 
 
 def refuse_unused(given, preset):
-    """Raises ValueError for an option that a training of this preset would not look at."""
+    """Raises ValueError for an option that a training of this preset, or an export, would not look at."""
     unused = (NOT_OF_A_DENOISER if preset.tokenizer else NOT_OF_A_SPHERE_ENCODER).split()
     if preset.dataset == "digits":
         unused.append("data")
     if "iterations" in given:
         unused.append("epochs")
-    for name in unused:
-        if name in given:
-            raise ValueError(f"--{name.replace('_', '-')} means nothing for this training; drop it")
+    if "export" in given:
+        unused = given.keys() - {"export", "count", "dataset", "data", "image_size"}
+    for name in given.keys() & unused:
+        raise ValueError(f"--{name.replace('_', '-')} means nothing here; drop it")
 
 
 @errors_in_one_line("train.py")
@@ -1139,7 +1137,7 @@ def main(argv=None):
         return print_quality(given.pop("evaluate"), **given.pop("sampling", {}), **given)
     name = given.pop("preset", None)
     preset = PRESETS[name or "digits"]
-    out = Path(given.pop("out", f"out/{name or 'digits'}"))
+    out = Path(given.get("out", f"out/{name or 'digits'}"))
     if given.get("resume"):
         stored = read_checkpoint(out / "last.pt", "window")
         given.setdefault("seed", stored["seed"])
@@ -1152,8 +1150,8 @@ def main(argv=None):
     if "epochs" in changes:
         preset = replace(preset, iterations=0)              # the length given replaces the preset's
     if "export" in given:
-        return export(preset, **known(given, export))
-    return train(preset, out, **given)
+        return export(preset, **given)
+    return train(preset, **{**given, "out": out})
 
 
 def print_quality(path, **options):

@@ -977,13 +977,14 @@ def test_guidance_sampling_and_the_choice_of_weights_reach_the_samples_that_are_
         "--lr -1", "--warmup 2", "--min-lr 1", "--ema nan", "--epochs inf", "--image-size 0",
         "--weights 0,0,0,0,0", "--iterations -5", "--accumulate 0", "--evaluate-every -1", "--cfg 1e308",
         "--count 0", "--seed -1")),
-    *((words, f"{words.split()[0]} means nothing") for words in (
+    *((words, f"{words.split()[0]} means nothing here") for words in (
         "--data photos", "--latents z.npy", "--noise 1,1", "--distance l1", "--epochs 1 --iterations 2")),
-    *((f"--preset digits-latent {words}", f"{words.split()[0]} means nothing") for words in (
+    *((f"--preset digits-latent {words}", f"{words.split()[0]} means nothing here") for words in (
         "--encoder-size 16,1,2", "--batch-norm", "--swd-weight 1", "--alpha-hard 85")),
     ("--encoder-size 8,1,0", "size"), ("--encoder-size 8,1", "size"), ("--list --seed 3", "takes no seed"),
     ("--evaluate {trained} --preset digits", "no preset"), ("--evaluate {trained} --export x", "no export"),
-    ("--export photos", "photos"), ("--evaluate-every 1 --count 3", "more than 3 images"),
+    ("--export photos", "photos"), ("--export e --lr 1", "--lr means nothing here"),
+    ("--export e --out x", "--out means nothing here"), ("--evaluate-every 1 --count 3", "more than 3 images"),
     ("--evaluate-every 1 --reference no.npz", "no.npz"),
     ("--preset digits-latent --evaluate-every 1 --steps 0", "steps"),
     ("--batch-norm --accumulate 2", "--batch-norm"),
