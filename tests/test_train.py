@@ -312,16 +312,18 @@ def test_a_run_that_ends_at_any_of_its_writes_is_resumed_to_the_same_folder(tmp_
 
 
 def test_scores_are_compared_with_those_of_the_same_settings(tmp_path):
+    """Other numbers of steps, then a reference that is farther: its first score begins anew."""
+    run, white = tmp_path / "run", np.random.default_rng(0).integers(250, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "white.npz", arr_0=white)
     options = dict(seed=1, device="cpu", evaluate_every=0.01, count=20)
-    train.train(TINY, tmp_path / "run", **options, steps=1)
-    longer = replace(TINY, iterations=8)
-    for more in (dict(steps=2), dict(steps=1, cfg=3.0)):
-        train.train(longer, tmp_path / "run", resume=True, **options, **more)
-        longer = replace(longer, iterations=longer.iterations + 2)
-    evaluations = lines(tmp_path / "run" / "evaluations.jsonl")
-    told = [line["settings"].get("cfg") or line["settings"]["steps"] for line in evaluations]
-    assert told == [1, 1, 1, 1, 2, 3.0]
-    assert distance(tmp_path / "run" / "best.pt", cfg=3.0) == evaluations[-1]["Fréchet distance"]["T = 1"]
+    train.train(TINY, run, **options, steps=1)
+    for iterations, more in ((8, dict(steps=2)), (10, dict(steps=1, reference=tmp_path / "white.npz"))):
+        train.train(replace(TINY, iterations=iterations), run, resume=True, **options, **more)
+    *before, last = [line["Fréchet distance"] for line in lines(run / "evaluations.jsonl")]
+    assert [*map(list, before)] == [["T = 1", "real held-out"]] * 4 + [["T = 2", "real held-out"]]
+    assert last["T = 1"] > 2 * before[0]["T = 1"]
+    best, model = (load(run / name).state_dict() for name in ("best.pt", "model.pt"))
+    assert all(torch.equal(best[name], tensor) for name, tensor in model.items())
 
 
 def test_an_untrained_model_is_evaluated_as_it_is_by_default(tmp_path):
