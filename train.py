@@ -383,15 +383,19 @@ def batch_indices(size, batch_size, seed, steps, mine=slice(None)):
 
 
 def read_ahead(source, indices, workers):
-    """Yield the items of a data set at lists of places, in order; threads read the next ones meanwhile."""
-    with ThreadPoolExecutor(workers + 1) as threads:
-        ahead = deque()
-        for places in indices:
-            ahead.append(threads.submit(source.__getitem__, places))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        for item in ahead:
-            yield item.result()
+    """Yield the items of a data set at lists of places, in order. Threads read the next ones meanwhile, if
+    they are not in memory: there threads would only take time from the training."""
+    if isinstance(source, TensorDataset):
+        yield from map(source.__getitem__, indices)
+        return
+    threads = ThreadPoolExecutor(workers + 1)
+    ahead = deque()
+    for places in indices:
+        ahead.append(threads.submit(source.__getitem__, places))
+        if len(ahead) > workers:
+            yield ahead.popleft().result()
+    for item in ahead:
+        yield item.result()
 
 
 def random_draws(preset, seed, step):
@@ -642,7 +646,7 @@ def draw(out, step, model, data):
     images; and the plot of the losses."""
     if not is_first_process():
         return
-    classes = data.targets.unique()[:10].tolist()
+    classes = data.targets.unique()[:10]
     columns = max(5, 20 // len(classes))
     places = [(data.targets == c).nonzero()[:, 0].repeat(columns)[:columns] for c in classes]
     images, y = data[torch.cat(places).tolist()]            # a small class repeats
@@ -654,7 +658,7 @@ def draw(out, step, model, data):
     path = out / f"samples-{step:06d}.png"
     save_image(picture(panels, [model.class_names[c] for c in classes if model.num_classes]), path)
     plot_losses(out / "losses.png", logged(out / "log.jsonl"))
-    say(path, out / "losses.png")
+    say(path)
 
 
 def plot_losses(path, lines):
@@ -665,7 +669,7 @@ def plot_losses(path, lines):
         if value and re.match("loss|.*recon|con|lat|swd", name):
             seen = [line for line in lines if name in line]
             axes.plot([line["step"] for line in seen], [line[name] for line in seen], label=name)
-    axes.set(yscale="log", xlabel="iteration", ylabel="loss (parts unweighted)")
+    axes.set(yscale="log", ylim=1e-5, xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.legend()
     axes.figure.savefig(path)
 
@@ -736,11 +740,10 @@ def image_folder(root):
         classes = {path: index[name] for path, name in group.items() if name in index}
         others = {*group.values()} - {*index, ""}
         if others or not classes:
-            raise ValueError(f"{folder} has images of classes that are not trained on: "
-                             f"{others or 'none'!s:.300}")
+            raise ValueError(f"{folder} has no images or classes that are not trained on: {others!s:.300}")
         parts.append(([*classes], [*classes.values()]))
         if len(classes) < len(paths):
-            warnings.warn(f"{len(classes)} of {len(paths)} images are taken from {folder}")
+            warnings.warn(f"{len(classes)} images are taken from {folder}")
     return parts, names
 
 
@@ -1176,7 +1179,7 @@ def list_presets():
         parameters = sum(p.numel() for p in model.parameters())
         print_row(name, [preset.image_size, N, N * d, f"{parameters:,}", *costs[name].values()])
     print_row("imagenet-xl / -latent", [f"{costs['imagenet-xl'][T] / costs['imagenet-latent'][T]:.2f}"
-                                        for T in costs["imagenet-xl"] if T.startswith("T")])
+                                        for T in ("T = 1", "T = 2", "T = 4", "T = 6")])
     say("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode.\n"
           "The quotients are of T = 1, 2, 4 and 6. Folders are listed as if they had 10 classes.")
 
