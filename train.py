@@ -740,7 +740,7 @@ def image_folder(root):
         classes = {path: index[name] for path, name in group.items() if name in index}
         others = {*group.values()} - {*index, ""}
         if others or not classes:
-            raise ValueError(f"{folder} has no images or classes that are not trained on: {others!s:.300}")
+            raise ValueError(f"{folder} has no images, or classes that are not trained on: {others!s:.300}")
         parts.append(([*classes], [*classes.values()]))
         if len(classes) < len(paths):
             warnings.warn(f"{len(classes)} images are taken from {folder}")
