@@ -423,7 +423,6 @@ OPTIONS = {
     "--batch-size": (positive, "generate: images at a time (100)"),
     "--frames": (positive, "interpolate: images per line, circle or side (8)"),
 }
-COMMON = "word checkpoint out config ema singles sampling classes device"
 
 
 @errors_in_one_line("sample.py")
@@ -456,7 +455,8 @@ def main(argv=None):
     add("--mask", choices=MASKS, help="crossover: where the first image is taken (left-right)")
     add("--device", default=None, help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
-    how = {name: value for name, value in vars(args).items() if name not in COMMON.split()}
+    common = parser.parse_args([])                          # what is there without being given
+    how = {name: value for name, value in vars(args).items() if name not in common}
     how |= sampling_options(args.sampling)
     args.out = Path(args.out).expanduser()
     args.written = args.out / ("images.npz" if args.singles == "npz" else "images")

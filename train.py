@@ -39,8 +39,8 @@ from fid import (ImageSet, Parser, compare, errors_in_one_line, extract_or_keep,
                  find_images, images_or_statistics, is_first_process, is_grey, nearest_neighbours, number,
                  pick_device, positive, to_uint8, whole_file, whole_number)
 from losses import DISTANCES, Objective
-from models import (SphereEncoder, SphereTokenizer, SiT, build_model, cost,
-                    parameter_groups, take_weights, update_ema)
+from models import (SphereEncoder, SphereTokenizer, SiT, build_model, cost, parameter_groups, take_weights,
+                    update_ema)
 from sample import (image_transform, known, load, load_tokenizer, picture, read_checkpoint, reconstruct,
                     sampler, sampling_options, save_image, to_float, to_pil, write_checkpoint)
 from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
@@ -53,7 +53,6 @@ LOG_EVERY = 10                      # iterations
 SAVE_EVERY = 1000                   # iterations at most to a checkpoint and pictures; ten times a run or more
 IN_MEMORY = 2**30                   # bytes of images of a folder that are kept instead of read in every epoch
 SPLITS = ("train", "val", "valid", "validation", "eval", "dev", "test")     # names of folders, not of classes
-
 
 # ---- Presets -----------------------------------------------------------------------------------------------
 
@@ -713,7 +712,7 @@ def joined(parts):
 def class_of_images(paths, folder):
     """{path: name of the outermost folder below a folder, or ""} of the paths in it."""
     return {path: "".join(path.relative_to(folder).parent.parts[:1]) for path in paths
-            if folder in path.parents}
+            if path.is_relative_to(folder)}
 
 
 def image_folder(root):
@@ -753,7 +752,8 @@ def animal_faces(root):
     return [joined(parts)], names
 
 
-# A new data set is a reader (see the head of this section) and a line here; the numbers are for --list.
+# A new data set is a reader (see the head of this section), a line here and its name in Preset; the numbers
+# are for --list.
 DATA_SETS = {
     "digits": (digits, 10),
     "fashion-mnist": (partial(torchvision_set, datasets.FashionMNIST), 10),
@@ -1181,7 +1181,7 @@ def list_presets():
     print_row("imagenet-xl / -latent", [f"{costs['imagenet-xl'][T] / costs['imagenet-latent'][T]:.2f}"
                                         for T in ("T = 1", "T = 2", "T = 4", "T = 6")])
     say("GFLOPs: 2 for every multiply-add; guidance doubles all but a Sphere Latent Encoder's one decode.\n"
-          "The quotients are of T = 1, 2, 4 and 6. Folders are listed as if they had 10 classes.")
+        "The quotients are of T = 1, 2, 4 and 6. Folders are listed as if they had 10 classes.")
 
 
 def print_row(name, cells):
