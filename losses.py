@@ -221,14 +221,14 @@ class Objective(nn.Module):
         self.perceptual = perceptual_distance(preset.perceptual) if sees else None
 
     def forward(self, x, y, sigma, sigma_sub, e):
-        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser. The networks run in bf16 if the preset
-        says so; "auto" is bf16 on a GPU."""
+        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser; y: [B, 4], classes of the passes. The
+        networks run in bf16 if the preset says so; "auto" is bf16 on a GPU."""
         p = self.preset
         bf16 = p.precision == "bf16" or p.precision == "auto" and x.device.type == "cuda"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             if isinstance(self.model, SiT):
-                return sphere_latent_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, p.distance)
-            return sphere_encoder_loss(self.model, x, y, sigma, sigma_sub, e, p.weights, self.perceptual,
+                return sphere_latent_loss(self.model, x, y.T, sigma, sigma_sub, e, p.weights, p.distance)
+            return sphere_encoder_loss(self.model, x, y.T, sigma, sigma_sub, e, p.weights, self.perceptual,
                                        p.swd_weight)
 
 

@@ -542,7 +542,7 @@ def draw_interpolations(args, model, steps=4, frames=8, way="line", gif=False, *
     write_singles(args, x)
     x = x.unflatten(0, (-1, frames))                                                # [rows, frames, 3, H, W]
     if gif:
-        zoom = max(1, round(64 / max(model.image_size)))
+        zoom = max(1, round(96 / max(model.image_size)))
         grids = []
         for images in x.transpose(0, 1):
             large = F.interpolate(images, scale_factor=zoom, mode="bicubic")

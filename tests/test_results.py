@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import fid
 import models
 import train
 from conftest import ROOT, TINY
@@ -96,3 +97,34 @@ def test_a_run_has_its_change_and_is_not_made_again(tiny):
         before = (results.folder(run, 0) / "last.pt").stat().st_mtime_ns
         results.work(run, 0, ["plain weights"])
         assert (results.folder(run, 0) / "last.pt").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def pixels(monkeypatch):
+    """Pixels in place of Inception's and LPIPS's features, whose weights are downloads."""
+    monkeypatch.setattr(results, "network", lambda features: lambda x: [fid.pixel_features(x)])
+    monkeypatch.setattr(results, "perceptual_distance", lambda name: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    monkeypatch.setattr(results, "COUNT", 1000)
+
+
+def test_points_of_a_classs_gaussian_have_its_mean_and_variance(tiny, pixels, monkeypatch):
+    data, held_out, _ = train.load_data(TINY)
+    seen = []
+    monkeypatch.setattr(results, "distances", lambda images, data: seen.append(images) or {})
+    results.gaussian(None, data, held_out)
+    x, y = data[:]
+    for c in (0, 7):
+        real, drawn = x[y == c].double().flatten(1), seen[0][c * 100:(c + 1) * 100].double().flatten(1)
+        assert len(seen[0]) == 1000 and (real.mean(0) - drawn.mean(0)).abs().mean() < 5     # of 255
+        assert drawn.var(0).sum().item() == pytest.approx(real.var(0).sum().item(), rel=0.15)
+
+
+def test_training_images_have_distance_0_and_unseen_ones_the_least(tiny, pixels):
+    data, held_out, _ = train.load_data(TINY)
+    assert results.distances(data[:][0], data)["FID"] == pytest.approx(0, abs=1e-4)
+    model = models.build_model(TINY, "0123456789").eval()
+    rows = results.inception(model, data, held_out, count=297, gamma=0.0)
+    again = results.inception(model, data, held_out, steps=(1, 4), count=297)
+    unseen = results.real_ones(model, data, held_out)["FID"]["images"]
+    assert 0 < unseen < rows["FID"]["T = 1"] and again["FID"].keys() == {"T = 1", "T = 4", "reconstructed"}
+    assert rows.keys() == {"FID", "Fréchet distance"} and again["LPIPS"]["real held-out"] > 0.1

@@ -1,0 +1,63 @@
+r"""Images of emoji by three artists, for the presets `emoji` and `emoji-latent`. Two commands make them:
+
+    npm pack --pack-destination data @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource-google@16.0.0 \
+        emoji-datasource-twitter@16.0.0
+    python notebooks/emoji.py
+
+Fluent Emoji 3D: Microsoft, MIT licence. Noto Emoji: Google, Apache-2.0. Twemoji: Twitter and contributors,
+CC BY 4.0. Written are 64x64 pixels on white, data/emoji/train/GROUP/CODE-ARTIST.png, and in data/emoji/val/
+every tenth emoji of a group in Unicode's order: the same emoji by another artist is no held-out image.
+"""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+# Groups whose members look alike: of objects, symbols, activities and places every one has another shape, and
+# of people, small figures, 32 pixels show little.
+GROUPS = {"Smileys & Emotion": "smileys", "Animals & Nature": "animals", "Food & Drink": "food",
+          "Flags": "flags"}
+ARTISTS = {"fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "package/assets/{}.webp"),
+           "noto": ("emoji-datasource-google-16.0.0.tgz", "package/img/google/64/{}.png"),
+           "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "package/img/twitter/64/{}.png")}
+# Flags would outnumber all others; countries' are not in Microsoft's own set, as far as we know.
+LEFT_OUT = ("flags", "fluent")
+SIZE = 64
+
+
+def unpacked(path):
+    """The files of a package, {name: bytes}."""
+    with tarfile.open(path) as package:
+        return {member.name: package.extractfile(member).read() for member in package if member.isfile()}
+
+
+def on_white(file):
+    """An image file's bytes -> SIZE x SIZE, RGB."""
+    image = Image.open(io.BytesIO(file)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def main(data):
+    packages = {artist: unpacked(data / package) for artist, (package, _) in ARTISTS.items()}
+    emoji = json.loads(packages["noto"]["package/emoji.json"])
+    for category, group in GROUPS.items():
+        members = [e for e in emoji if e["category"] == category]
+        members.sort(key=lambda e: e["sort_order"])
+        for place, e in enumerate(members):
+            part = "val" if place % 10 == 9 else "train"
+            folder = data / "emoji" / part / group
+            folder.mkdir(parents=True, exist_ok=True)
+            code = e["unified"].lower()
+            for artist, (_, name) in ARTISTS.items():
+                file = packages[artist].get(name.format(code))
+                if file and (group, artist) != LEFT_OUT:    # not every artist has drawn every emoji
+                    on_white(file).save(folder / f"{code}-{artist}.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
