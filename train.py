@@ -471,7 +471,7 @@ def open_run(preset, out, seed, resume, accumulate):
 
 def must_be_free(out):
     """Raises ValueError for a folder that holds a run."""
-    if [*out.glob("*.pt")]:
+    if any(out.glob("*.pt")):
         raise ValueError(f"{out} already holds a run; --resume continues it, another --out keeps it")
 
 
@@ -1012,10 +1012,11 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         again = measured(some(train_set, count), lambda part: to_uint8(
             (reconstruct(model, to_float(train_set[part][0])) + 1) / 2))
         rows["rFID"] = {"training set": compare(again, real, features)["FID"]}
-    if pixels and not reference and model.num_classes:
-        rows["judged right"] = judged_right(columns, classes, real, train_set.targets[places])
-    if pixels and not reference and held_out:
-        rows["nearest"] = nearest(columns, real)
+    if pixels and not reference:
+        if model.num_classes:
+            rows["judged right"] = judged_right(columns, classes, real, train_set.targets[places])
+        if held_out:
+            rows["nearest"] = nearest(columns, real)
     if held_out:
         rows["reconstruction MSE"] = {"real held-out": reconstruction_error(model, held_out)}
     return rows
@@ -1049,7 +1050,7 @@ def gathered(places, result_of, batch=100):
     by one process, so that rounding does not depend on their number."""
     rank, world = process_rank()
     batches = torch.as_tensor(places).split(batch)
-    mine = [result_of(part) for part in tqdm(batches[rank::world], "evaluation", disable=rank > 0 or None)]
+    mine = [result_of(part) for part in tqdm(batches[rank::world], "evaluation", disable=rank or None)]
     of_all = [mine] * world
     if world > 1:
         distributed.all_gather_object(of_all, mine)

@@ -60,4 +60,7 @@ def main(data):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
+    try:
+        main(Path("data"))
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename} is not there; `npm pack`, as at the top of emoji.py, puts it there")
