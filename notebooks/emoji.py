@@ -6,7 +6,7 @@ r"""Images of emoji by three artists, for the presets `emoji` and `emoji-latent`
 
 Fluent Emoji 3D: Microsoft, MIT licence. Noto Emoji: Google, Apache-2.0. Twemoji: Twitter and contributors,
 CC BY 4.0. Written are 64x64 pixels on white, data/emoji/train/GROUP/CODE-ARTIST.png, and in data/emoji/val/
-every tenth emoji of a group in Unicode's order: the same emoji by another artist is no held-out image.
+every fifth emoji of a group in Unicode's order: the same emoji by another artist is no held-out image.
 """
 
 import io
@@ -17,15 +17,14 @@ from pathlib import Path
 
 from PIL import Image
 
-# Groups whose members look alike: of objects, symbols, activities and places every one has another shape, and
-# of people, small figures, 32 pixels show little.
-GROUPS = {"Smileys & Emotion": "smileys", "Animals & Nature": "animals", "Food & Drink": "food",
-          "Flags": "flags"}
 ARTISTS = {"fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "package/assets/{}.webp"),
            "noto": ("emoji-datasource-google-16.0.0.tgz", "package/img/google/64/{}.png"),
            "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "package/img/twitter/64/{}.png")}
-# Flags would outnumber all others; countries' are not in Microsoft's own set, as far as we know.
-LEFT_OUT = ("flags", "fluent")
+# Subcategories of Unicode whose members look alike: so few pictures teach little of animals, dishes or tools,
+# each of another shape. Of flags one artist's, or they would be most of all pictures.
+GROUPS = {"faces": ("face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical",
+                    "face-sleepy", "face-unwell", "face-hat", "face-glasses", "face-concerned"),
+          "flags": ("country-flag",), "fruit": ("food-fruit", "food-vegetable"), "hearts": ("heart",)}
 SIZE = 64
 
 
@@ -45,17 +44,17 @@ def on_white(file):
 def main(data):
     packages = {artist: unpacked(data / package) for artist, (package, _) in ARTISTS.items()}
     emoji = json.loads(packages["noto"]["package/emoji.json"])
-    for category, group in GROUPS.items():
-        members = [e for e in emoji if e["category"] == category]
+    for group, subcategories in GROUPS.items():
+        members = [e for e in emoji if e["subcategory"] in subcategories]
         members.sort(key=lambda e: e["sort_order"])
         for place, e in enumerate(members):
-            part = "val" if place % 10 == 9 else "train"
+            part = "val" if place % 5 == 4 else "train"
             folder = data / "emoji" / part / group
             folder.mkdir(parents=True, exist_ok=True)
             code = e["unified"].lower()
-            for artist, (_, name) in ARTISTS.items():
-                file = packages[artist].get(name.format(code))
-                if file and (group, artist) != LEFT_OUT:    # not every artist has drawn every emoji
+            for artist in ["twemoji"] if group == "flags" else ARTISTS:
+                file = packages[artist].get(ARTISTS[artist][1].format(code))
+                if file:                                    # not every artist has drawn every emoji
                     on_white(file).save(folder / f"{code}-{artist}.png")
 
 
