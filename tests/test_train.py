@@ -751,29 +751,32 @@ def test_fashion_mnist_is_read_from_its_unpacked_files(clothes, tmp_path):
     assert image.double().mean() == 255 * (28 / 32) ** 2
 
 
-def test_a_held_out_emoji_is_not_trained_on_by_another_artist(tmp_path):
-    """Three packages of twelve faces, of which the second artist has not drawn the first."""
+def test_a_held_out_emoji_is_not_trained_on_by_another_artist_nor_under_another_name(tmp_path):
+    """Three packages of twelve faces, of which an artist has not drawn the first, and one drew two alike."""
     codes = [f"1f6{i:02d}" for i in range(12)]
     listed = [{"subcategory": "face-smiling", "sort_order": i, "unified": code.upper()}
               for i, code in enumerate(codes)]
-    for artist, (package, name) in emoji.ARTISTS.items():
+    for red, (artist, (package, name)) in enumerate(emoji.ARTISTS.items()):
+        images = {code: Image.new("RGBA", (128, 128)) for code in codes}            # transparent
+        for green, image in enumerate(images.values()):
+            image.paste((80 * red, 20 * green, 0, 255), (0, 0, 64, 64))
+        if artist == "noto":
+            del images[codes[0]]
+            images[codes[9]] = images[codes[5]]
+        (tmp_path / "emoji.json").write_text(json.dumps(listed))
         with tarfile.open(tmp_path / package, "w:gz") as archive:
-            files = {name.format(code): Image.new("RGBA", (128, 128), (255, 0, 0, 0)) for code in codes}
-            if artist == "noto":
-                del files[name.format(codes[0])]
-                (tmp_path / "package").mkdir()
-                (tmp_path / "package/emoji.json").write_text(json.dumps(listed))
-                archive.add(tmp_path / "package/emoji.json", "package/emoji.json")
-            for file, image in files.items():
-                image.save(tmp_path / Path(file).name)
-                archive.add(tmp_path / Path(file).name, file)
+            archive.add(tmp_path / "emoji.json", "package/emoji.json")
+            for code, image in images.items():
+                image.save(tmp_path / Path(name.format(code)).name)
+                archive.add(tmp_path / Path(name.format(code)).name, name.format(code))
     emoji.main(tmp_path)
     files = {part: {path.stem.partition("-")[::2] for path in (tmp_path / "emoji" / part).rglob("*.png")}
              for part in ("train", "val")}
-    assert files["val"] == {(codes[place], artist) for place in (4, 9) for artist in emoji.ARTISTS}
-    assert len(files["train"]) == 10 * 3 - 1 and not {codes[4], codes[9]} & {code for code, _ in files["train"]}
-    data, held_out, _ = load_data(replace(PRESETS["emoji"], data=str(tmp_path / "emoji")))
-    assert len(data) == 29 and len(held_out) == 6 and (data[[0]][0] == 255).all()       # on white
+    drawn = {(code, artist) for code in codes for artist in emoji.ARTISTS}
+    held_out = {(code, artist) for code, artist in drawn if code in (codes[4], codes[9])}
+    assert files == {"train": drawn - held_out - {(codes[0], "noto")}, "val": held_out - {(codes[9], "noto")}}
+    data, _, _ = load_data(replace(PRESETS["emoji"], data=str(tmp_path / "emoji")))
+    assert (data[:][0][:, :, 20:, 20:] == 255).all() and (data[:][0][:, 2, :8, :8] < 20).all()     # on white
 
 
 @pytest.mark.parametrize("spoil", [
