@@ -581,7 +581,7 @@ def test_an_interpolation_is_animated_and_a_denoiser_interpolates_too(trained_la
         run(trained_latent, tmp_path / way, f"interpolate --frames 3 --gif --way {way} --classes 1 2 3")
         with Image.open(tmp_path / way / "interpolate.gif") as animation:   # equal neighbours are one frame
             assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(animation)) == frames * 80
-            assert animation.size == (5 * 66 + 2, 66 + 2)               # five walks side by side, enlarged
+            assert animation.size == (5 * 98 + 2, 98 + 2)               # five walks side by side, enlarged
 
 
 @pytest.mark.parametrize("options", [

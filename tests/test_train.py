@@ -675,26 +675,23 @@ def images_at(root, paths, preset="folder"):
     return load_data(replace(PRESETS[preset], data=str(root), image_size=8))
 
 
-@pytest.mark.parametrize("paths, trained, held_out, names, said", [
-    ("train/cat/1 train/dog/1 valid/dog/1 test/cat/1", [0, 1], [1], ["cat", "dog"], "valid"),
-    ("Train/cat/1 Train/dog/1 Test/dog/1", [0, 1], [1], ["cat", "dog"], "Test"),
-    ("train/1 val/1 other/1", [0], [0], [], "val"),
-    ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"], ""),           # railways, no split
-    ("train/1 _bus/1", [1, 0], None, ["_bus", "train"], ""),
-    ("train/a/1 train/b/1 .git/1", [0, 1], None, ["a", "b"], ""),
-    ("val/1 test/1", [1, 0], None, ["test", "val"], ""),
-    ("training/a/1 training/b/1 testing/b/1 testing/b/2", [0, 1], [1, 1], ["a", "b"], "testing"),
-    ("train/a/1 train/b/1 eval/b/1", [0, 1], [1], ["a", "b"], "eval"),
-    ("all/a/1 all/b/1", [0, 1], None, ["a", "b"], ""), ("x/y/train/1 x/y/val/1", [0], [0], [], "val"),
-    ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"], ""), ("a/1 cover", [0, 0], None, [], ""),
-    ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"], "images")])
-def test_folders_are_classes_or_splits_and_what_is_held_or_left_out_is_said(
-        tmp_path, recwarn, paths, trained, held_out, names, said):
+@pytest.mark.parametrize("paths, trained, held_out, names", [
+    ("train/cat/1 train/dog/1 valid/dog/1 test/cat/1", [0, 1], [1], ["cat", "dog"]),
+    ("Train/cat/1 Train/dog/1 Test/dog/1", [0, 1], [1], ["cat", "dog"]),
+    ("train/1 val/1 other/1", [0], [0], []),
+    ("train/1 bus/1 car/1", [2, 0, 1], None, ["bus", "car", "train"]),           # railways, no split
+    ("train/1 _bus/1", [1, 0], None, ["_bus", "train"]),
+    ("train/a/1 train/b/1 .git/1", [0, 1], None, ["a", "b"]),
+    ("val/1 test/1", [1, 0], None, ["test", "val"]),
+    ("training/a/1 training/b/1 testing/b/1 testing/b/2", [0, 1], [1, 1], ["a", "b"]),
+    ("train/a/1 train/b/1 eval/b/1", [0, 1], [1], ["a", "b"]),
+    ("all/a/1 all/b/1", [0, 1], None, ["a", "b"]), ("x/y/train/1 x/y/val/1", [0], [0], []),
+    ("0/1 1/1 10/1 2/1", [0, 1, 2, 3], None, ["0", "1", "10", "2"]), ("a/1 cover", [0, 0], None, []),
+    ("a/1 b/deep/er/1 cover", [0, 1], None, ["a", "b"])])
+def test_folders_are_classes_or_splits(tmp_path, paths, trained, held_out, names):
     data, rest, found = images_at(tmp_path, paths)
     assert (sorted(data.targets), found) == (sorted(trained), names)
     assert rest is None if held_out is None else rest.targets.tolist() == held_out
-    told = " ".join(str(warning.message).removeprefix(str(tmp_path)) for warning in recwarn)
-    assert bool(told) == bool(said) and said in told
 
 
 @pytest.mark.parametrize("paths", ["train/1 val/a/1 val/b/1", "train/a/1 train/b/1 val/a/1 val/c/1"])
