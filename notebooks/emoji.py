@@ -18,6 +18,10 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fid import read_image  # noqa: E402
+
 ARTISTS = {"fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "package/assets/{}.webp"),
            "noto": ("emoji-datasource-google-16.0.0.tgz", "package/img/google/64/{}.png"),
            "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "package/img/twitter/64/{}.png")}
@@ -36,38 +40,35 @@ def unpacked(path):
         return {member.name: package.extractfile(member).read() for member in package if member.isfile()}
 
 
-def on_white(file):
-    """An image file's bytes -> SIZE x SIZE, RGB."""
-    image = Image.open(io.BytesIO(file)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
-
-
-def drawings(emoji, artists, packages):
-    """{CODE-ARTIST: image} of an emoji; not every artist has drawn every one."""
-    code = emoji["unified"].lower()
-    files = {artist: packages[artist].get(ARTISTS[artist][1].format(code)) for artist in artists}
-    return {f"{code}-{artist}": on_white(file) for artist, file in files.items() if file}
+def drawings(members, artists, packages):
+    """{CODE-ARTIST: image} of emoji, on white; not every artist has drawn every one."""
+    images = {}
+    for code in [emoji["unified"].lower() for emoji in members]:
+        for artist in artists:
+            file = packages[artist].get(ARTISTS[artist][1].format(code))
+            if file:
+                image = read_image(io.BytesIO(file))
+                images[f"{code}-{artist}"] = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return images
 
 
 def main(data):
     packages = {artist: unpacked(data / package) for artist, (package, _) in ARTISTS.items()}
     listed = json.loads(packages["noto"]["package/emoji.json"])
+    listed.sort(key=lambda emoji: emoji["sort_order"])
     for group, subcategories in GROUPS.items():
         members = [emoji for emoji in listed if emoji["subcategory"] in subcategories]
-        members.sort(key=lambda emoji: emoji["sort_order"])
-        held_out = members[4::5]
-        parts = {"train": [emoji for emoji in members if emoji not in held_out], "val": held_out}
-        trained_on = set()
-        for part, some in parts.items():
+        artists = FLAGS if group == "flags" else ARTISTS
+        held_out = drawings(members[4::5], artists, packages)
+        del members[4::5]
+        trained_on = drawings(members, artists, packages)
+        pixels = {image.tobytes() for image in trained_on.values()}
+        unseen = {name: image for name, image in held_out.items() if image.tobytes() not in pixels}
+        for part, images in (("train", trained_on), ("val", unseen)):
             folder = data / "emoji" / part / group
             folder.mkdir(parents=True, exist_ok=True)
-            for emoji in some:
-                for name, image in drawings(emoji, FLAGS if group == "flags" else ARTISTS, packages).items():
-                    if part == "train":
-                        trained_on.add(image.tobytes())
-                    if part == "train" or image.tobytes() not in trained_on:
-                        image.save(folder / f"{name}.png")
+            for name, image in images.items():
+                image.save(folder / f"{name}.png")
 
 
 if __name__ == "__main__":

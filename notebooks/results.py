@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import spherify as sphere  # noqa: E402
 import train as training  # noqa: E402
-from fid import (FeatureStatistics, feature_network, frechet_distance, load_statistics,  # noqa: E402
+from fid import (extract, feature_network, frechet_distance, load_statistics,  # noqa: E402
                  nearest_neighbours, pixel_features, save_statistics, to_uint8, whole_file)
 from losses import (orthogonal_directions, perceptual_distance, pixel_reconstruction_loss,  # noqa: E402
                     sliced_wasserstein_loss)
@@ -273,8 +273,7 @@ network = lru_cache(feature_network)
 
 def statistics(images, features):
     """FeatureStatistics of images, uint8 [n, 3, H, W]."""
-    parts = [network(features)(batch)[0] for batch in images.split(50)]
-    return FeatureStatistics(parts[0].shape[1]).update(torch.cat(parts))
+    return extract(images.split(50), network(features)).statistics
 
 
 def distances(images, data):

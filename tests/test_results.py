@@ -102,8 +102,9 @@ def test_a_run_has_its_change_and_is_not_made_again(tiny):
 @pytest.fixture
 def pixels(monkeypatch):
     """Pixels in place of Inception's and LPIPS's features, whose weights are downloads."""
-    monkeypatch.setattr(results, "network", lambda features: lambda x: [fid.pixel_features(x)])
-    monkeypatch.setattr(results, "perceptual_distance", lambda name: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    monkeypatch.setattr(results, "network", lambda features: fid.feature_network("pixels"))
+    monkeypatch.setattr(results, "perceptual_distance",
+                        lambda name: lambda a, b: (a - b).abs().mean((1, 2, 3)))
 
 
 def test_points_of_a_classs_gaussian_have_its_mean_and_variance(tiny, pixels, monkeypatch):
