@@ -19,7 +19,7 @@ from torchvision.models import convnext_small
 from torchvision.transforms.functional import normalize
 
 from models import SiT, pretrained
-from spherify import add_noise, at_least_float32, full_precision, spherify
+from spherify import add_noise, at_least_float32, autocast, full_precision, spherify
 
 WEIGHT_NAMES = ("recon_l1", "recon_perceptual", "con_l1", "con_perceptual", "lat_con")  # order of weights
 
@@ -221,12 +221,13 @@ class Objective(nn.Module):
         self.perceptual = perceptual_distance(preset.perceptual) if sees else None
 
     def forward(self, x, y, sigma, sigma_sub, e):
-        """x: images [B, 3, H, W], or latents [B, N, d] for a denoiser; y: [B, 4], classes of the passes. The
-        networks run in bf16 if the preset says so; "auto" is bf16 on a GPU."""
+        """x: images [B, 3, H, W], or for a denoiser also latents [B, N, d]; y: [B, 4], classes of the passes.
+        The networks compute in the preset's precision."""
         p = self.preset
-        bf16 = p.precision == "bf16" or p.precision == "auto" and x.device.type == "cuda"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(x.device, p.precision):
             if isinstance(self.model, SiT):
+                if x.ndim == 4:
+                    x = self.model.tokenizer.encode(x)                                       # [B, N, d]
                 return sphere_latent_loss(self.model, x, y.T, sigma, sigma_sub, e, p.weights, p.distance)
             return sphere_encoder_loss(self.model, x, y.T, sigma, sigma_sub, e, p.weights, self.perceptual,
                                        p.swd_weight)
@@ -268,7 +269,8 @@ class LPIPS(lpips.LPIPS):
                 layers.load_state_dict({name: vgg[f"features.{name}"] for name in layers.state_dict()})
 
     def forward(self, a, b):
-        a_features, b_features = (self.net(self.scaling_layer(x)) for x in (a, b))
+        a_features, b_features = (self.net(self.scaling_layer(x).to(memory_format=torch.channels_last))
+                                  for x in (a, b))
         distance = 0
         with full_precision(a):
             for head, *pair in zip(self.lins, a_features, b_features):                     # [B, C, h, w] each

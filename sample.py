@@ -26,7 +26,8 @@ from tqdm import tqdm
 from fid import (Parser, errors_in_one_line, is_first_process, number, pick_device, positive, read_image,
                  to_uint8, whole_file, whole_number)
 from models import RAE, SiT, SphereEncoder, SphereTokenizer, convert_official, convert_official_config
-from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule, truncate_noise
+from spherify import (add_noise, angle_to_sigma, autocast, sample_noise, spherify, step_schedule,
+                      truncate_noise)
 
 # Where guidance acts, as powers of its scale in latents and in pixels. SE App. C.1.
 POSITIONS = {
@@ -70,7 +71,7 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, schedule=None, 
 def _scales(cfg, position):
     """Guidance scales of encoder and decoder. SE App. C.1."""
     if position not in POSITIONS:
-        raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        raise ValueError(f"position must be encoder, decoder or combo, got {position!r}")
     return [cfg**power for power in POSITIONS[position]]
 
 
@@ -174,12 +175,11 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=
     model, options  as in generate or generate_latent, but for shared and e: a frame has one noise for all of
              its steps, the corners' mixed and Gaussian again (weights of norm 1: the same point)
     returns  [F, 3, H, W] in [-1, 1]"""
-    device = next(model.parameters()).device
-    mixing = torch.as_tensor(mixing, dtype=torch.float32, device=device)                           # [F, C]
-    e = sample_noise(seed, first, len(y), model.latent_shape)[0].to(device)                     # [C, N, d]
+    mixing = torch.as_tensor(mixing).float().cpu()                                                  # [F, C]
+    e = sample_noise(seed, first, len(y), model.latent_shape)[0]                                # [C, N, d]
     e = torch.einsum("fc,cnd->fnd", F.normalize(mixing, dim=1), e)                          # [F, N, d]
-    classes = F.one_hot(torch.as_tensor(y, device=device), model.num_classes + 1).float()       # [C, K + 1]
-    shares = mixing if shares is None else torch.as_tensor(shares, device=device)
+    classes = F.one_hot(torch.as_tensor(y).cpu(), model.num_classes + 1).float()                # [C, K + 1]
+    shares = mixing if shares is None else torch.as_tensor(shares).cpu()
     draw = sampler(model, e=e.expand(steps, -1, -1, -1), shared=False, **options)
     return draw(model, shares @ classes, steps, cfg)
 
@@ -187,14 +187,14 @@ def interpolate(model, y, mixing, steps, cfg=1.0, *, shares=None, seed=0, first=
 def line(frames):
     """Mixing [frames, 2] of two corners at equal steps, both ends included."""
     weight = torch.linspace(0, 1, frames)
-    return torch.stack([1 - weight, weight], dim=1)
+    return torch.stack([1 - weight, weight], 1)
 
 
 def circle(frames):
     """Mixing [frames, 2] once around the great circle through two corners: cosines and sines, whose squares
     are the shares of the classes. Noise mixed so is Gaussian, and two random points are nearly orthogonal."""
     angle = torch.arange(frames) * (2 * math.pi / frames)
-    return torch.stack([angle.cos(), angle.sin()], dim=1)
+    return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def square(side):
@@ -329,18 +329,18 @@ def load_tokenizer(stored):
 
 def picture(panels, row_names=()):
     """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(14)
     *_, images = panels.values()
-    zoom = max(1, round(48 / max(images.shape[-2:])))       # small images are enlarged
+    zoom = max(1, round(48 / images.shape[-1]))       # small images are enlarged
     grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
              for title, images in panels.items()}
-    left = 12 + int(max([0, *map(font.getlength, row_names)]))
+    left = 12 + int(max(map(font.getlength, row_names), default=0))
     widths = [16 + max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]
     height = max(grid.height for grid in grids.values())
     canvas = Image.new("RGB", (left + sum(widths), 34 + height), "white")
     draw = ImageDraw.Draw(canvas)
     for row, name in enumerate(row_names):
-        draw.text((left - 6, 26 + (row + 0.5) * height / len(row_names)), name, "black", font, anchor="rm")
+        draw.text((left - 6, 26 + (row + 0.5) * height / len(row_names)), name, "black", font, "rm")
     for (title, grid), width in zip(grids.items(), widths):
         draw.text((left, 5), title, "black", font)
         canvas.paste(grid, (left, 26))
@@ -429,7 +429,7 @@ OPTIONS = {
 def main(argv=None):
     parser = Parser("sample.py", __doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("word", nargs="?", choices=WORDS, default="generate", metavar="WORD",
+    add("word", nargs="?", choices=WORDS, default="generate",
         help="generate, if none: images from random points, SE and SLE Alg. 1; reconstruct: one trip through "
         "encoder and decoder; interpolate: between random points, SE Fig. 6; crossover: of two images, SE "
         "Fig. 9; manipulate: one image to each of several classes, SE Fig. 8")
@@ -453,6 +453,8 @@ def main(argv=None):
         help="interpolate: also as an animation, of a line there and back")
     add("--images", nargs="+", help="reconstruct, crossover, manipulate")
     add("--mask", choices=MASKS, help="crossover: where the first image is taken (left-right)")
+    add("--precision", choices=("auto", "bf16", "float32"),
+        help="of the networks; auto is bf16 on a GPU (as trained)")
     add("--device", default=None, help="(cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     common = parser.parse_args([])                          # what is there without being given
@@ -463,16 +465,18 @@ def main(argv=None):
     if args.singles and args.written.exists():
         raise ValueError(f"{args.written} is there already; choose another --out, or remove it")
     args.arrays = []
-    model = load(args.checkpoint, pick_device(args.device), args.ema, args.config)
+    device = pick_device(args.device)
+    model = load(args.checkpoint, device, args.ema, args.config)
     args.names = [*model.class_names, "null"]
     args.classes = [class_number(args.names, word) for word in args.classes]
     args.in_turn = args.classes or range(max(model.num_classes, 1))
-    panels, rows = WORDS[args.word](args, model, **how)     # only then a folder: a mistake leaves none
-    path = args.out / f"{args.word}.png"
+    with autocast(device, how.pop("precision", model.preset.get("precision", "auto"))):
+        panels, rows = WORDS[args.word](args, model, **how)
+    path = args.out / f"{args.word}.png"                    # only now a folder: a mistake leaves none
     save_image(picture(panels, rows), path)
     if args.arrays:
         with whole_file(args.written) as file:
-            np.savez(file, arr_0=torch.cat(args.arrays).numpy())
+            np.savez(file, torch.cat(args.arrays).numpy())
     print(path, args.written if args.singles else "")
 
 

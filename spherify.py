@@ -58,7 +58,7 @@ def slerp(v0, v1, weight):
     weight   float or [B]  0 gives v0, 1 gives v1
     returns  [B, ...]      norm sqrt(L)"""
     broad = [-1] + [1] * (v0.ndim - 1)
-    weight = torch.as_tensor(weight, dtype=v0.dtype, device=v0.device).reshape(broad)
+    weight = torch.as_tensor(weight).to(v0).reshape(broad)
     angle = torch.deg2rad(angle_between(v0, v1)).reshape(broad)                              # [B, 1, ...]
     return (((1 - weight) * angle).sin() * v0 + (weight * angle).sin() * v1) / angle.sin()
 
@@ -176,10 +176,10 @@ def sample_noise(seed, first, count, shape, draws=1):
     Raises ValueError for a seed outside its range."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0 .. 2^64 - 1, got {seed}")
-    noise = np.empty((draws, count, *shape), dtype=np.float32)
+    noise = np.empty((draws, count, *shape), np.float32)
     for k in range(count):
-        rng = Generator(Philox(key=np.array([seed, first + k], dtype=np.uint64)))
-        noise[:, k] = rng.standard_normal((draws, *shape), dtype=np.float32)
+        rng = Generator(Philox(key=np.array([seed, first + k], np.uint64)))
+        noise[:, k] = rng.standard_normal((draws, *shape), np.float32)
     return torch.from_numpy(noise)
 
 
@@ -193,7 +193,14 @@ def truncate_noise(e, bound):
     x = e.cpu().double()
     outside = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))                 # of one tail
     beyond = torch.special.ndtr(-x.abs())                       # a lower tail keeps more digits than an upper
-    return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * x.sign()).to(e.dtype).to(e.device)
+    return (-torch.special.ndtri(outside + beyond * (1 - 2 * outside)) * x.sign()).to(e)
+
+
+def autocast(device, precision):
+    """A context or decorator in which networks compute in bf16, if the precision is "bf16", or "auto" and the
+    torch.device a GPU. What they return, geometry and losses are float32 all the same."""
+    bf16 = precision == "bf16" or precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def full_precision(x):
@@ -203,4 +210,4 @@ def full_precision(x):
 
 def at_least_float32(x):
     """x in float32 if it comes in a shorter float type, else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype.itemsize < 4 else x

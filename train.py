@@ -39,11 +39,11 @@ from fid import (ImageSet, Parser, compare, errors_in_one_line, extract_or_keep,
                  find_images, images_or_statistics, is_first_process, is_grey, nearest_neighbours, number,
                  pick_device, positive, to_uint8, whole_file, whole_number)
 from losses import DISTANCES, Objective
-from models import (SphereEncoder, SphereTokenizer, SiT, build_model, cost, parameter_groups, take_weights,
+from models import (SphereEncoder, SphereTokenizer, build_model, cost, parameter_groups, take_weights,
                     update_ema)
 from sample import (image_transform, known, load, load_tokenizer, picture, read_checkpoint, reconstruct,
                     sampler, sampling_options, save_image, to_float, to_pil, write_checkpoint)
-from spherify import logit_normal_sigmas, official_sigmas, uniform_sigmas
+from spherify import autocast, logit_normal_sigmas, official_sigmas, uniform_sigmas
 
 CLASS_DROPOUT = 0.1                 # probability of the null class, for each pass of each image. SE Sec. 2.4
 HARD_PROB = 0.1                     # share of hard cases. SE App. C.2
@@ -247,11 +247,13 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
         objective = wrapped(objective, compile)
         start, total, intervals = plan(preset, len(data), stored, evaluate_every, evaluation)
         sampled = ema if preset.use_ema else model
+        in_precision = autocast(device, preset.precision)
+        judge = partial(quality, sampled, data, held_out, precision=preset.precision, **evaluation)
         say(f"{out}: {len(data):,} images of {model.num_classes} classes {model.class_names[:20]}, "
             f"{len(held_out or ())} held out; iterations {start} to {total}")
-        sampler(sampled)(sampled, [0], 2)
+        in_precision(sampler(sampled))(sampled, [0], 2)
         if evaluate_every:
-            rows = quality(sampled, data, held_out, **evaluation)
+            rows = judge()
 
         # From here on the folder is a run to resume: of a new one, last.pt is the first file.
         entered.enter_context(only_writer(out, stored))
@@ -293,10 +295,10 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                 window = []
                 log(out, total, row | (held_out_loss(objective, preset, model, held_out) if saves else {}))
             if evaluate_every and judges:
-                rows = quality(sampled, data, held_out, **evaluation)
+                rows = judge()
                 keep_best(out, done, sampled, preset, rows, evaluation)
             if saves:
-                draw(out, done, sampled, held_out or data)
+                in_precision(draw)(out, done, sampled, held_out or data)
             if saves or stops:
                 write_checkpoint(out / "model.pt", sampled, preset)
                 save(done)                                  # last: --resume trusts that all else is written
@@ -428,21 +430,20 @@ def inputs(preset, model, images, labels, seed, step, mine=slice(None)):
     images   uint8 [B, 3, H, W], or [B, 1 or 2, N, d] of cached_latents
     labels   [B]
     mine     of the global batch, the places of these images
-    returns  x (images [B, 3, H, W], or latents [B, N, d] for a denoiser), y [B, 4], sigma [B], sigma_sub [B],
+    returns  x (images [B, 3, H, W], or cached latents [B, N, d]), y [B, 4], sigma [B], sigma_sub [B],
              e [B, N, d]"""
     device = next(model.parameters()).device
-    x = torch.as_tensor(images, device=device)
-    labels = labels.to(device)
-    flip, drop, sigma, sigma_sub = (draw[..., mine].to(device) for draw in random_draws(preset, seed, step))
+    draws = [draw[..., mine] for draw in random_draws(preset, seed, step)]
+    # The CPU waits for none of these copies, which would each wait for all that the GPU has still to do.
+    x, labels, flip, drop, sigma, sigma_sub = (
+        part.to(device, non_blocking=True) for part in (torch.as_tensor(images), labels, *draws))
     e = torch.randn(preset.batch_size, *model.latent_shape, device=device,                   # [B, N, d]
                     generator=seeded(seed, "noise", step, device))[mine].clone()    # keeps no other part
     y = torch.where(drop, model.num_classes, labels).T                                       # [B, 4]
-    if x.dtype == torch.uint8:                                                               # [B, 3, H, W]
-        x = to_float(torch.where(flip[:, None, None, None], x.flip(-1), x))
-        if isinstance(model, SiT):
-            x = model.tokenizer.encode(x)                                                    # [B, N, d]
-    else:                                                           # [B, 1 or 2, N, d] -> [B, N, d]
+    if x.is_floating_point():                                       # [B, 1 or 2, N, d] -> [B, N, d]
         x = torch.where(flip[:, None, None], x[:, -1], x[:, 0])
+    else:                                                                                    # [B, 3, H, W]
+        x = to_float(torch.where(flip[:, None, None, None], x.flip(-1), x))
     return x, y, sigma, sigma_sub, e
 
 
@@ -567,7 +568,8 @@ def wrapped(objective, compile):
     if distributed.is_initialized():
         # broadcast_buffers=False, by its place since its name is to change; gradients are averaged.
         warnings.filterwarnings("ignore", ".*broadcast_buffers")
-        objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False)
+        objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False,
+                                                            gradient_as_bucket_view=True)
     if compile:
         objective.compile(dynamic=False)                    # in place: parameters keep their names
     return objective
@@ -650,7 +652,7 @@ def draw(out, step, model, data):
         return
     classes = data.targets.unique()[:10]
     columns = max(5, 20 // len(classes))
-    places = [(data.targets == c).nonzero()[:, 0].repeat(columns)[:columns] for c in classes]
+    places = [(data.targets == c).nonzero().flatten().repeat(columns)[:columns] for c in classes]
     images, y = data[torch.cat(places).tolist()]            # a small class repeats
     x = to_float(images)
     y = y.clamp(max=model.num_classes)                      # without classes the null class, 0
@@ -669,8 +671,8 @@ def plot_losses(path, lines):
     axes = Figure().subplots()
     for name, value in lines[-1].items():
         if value and re.match("loss|.*recon|con|lat|swd", name):
-            seen = [line for line in lines if name in line]
-            axes.plot([line["step"] for line in seen], [line[name] for line in seen], label=name)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points), label=name)
     axes.set(yscale="log", ylim=1e-5, xlabel="iteration", ylabel="loss (parts unweighted)")
     axes.legend()
     axes.figure.savefig(path)
@@ -951,20 +953,20 @@ def over_processes(values):
 
 
 def evaluate(path, data=None, device=None, use_ema=None, **options):
-    """quality() of a checkpoint; data is the data set's folder, if it has moved, use_ema that of load."""
+    """quality() of a checkpoint, in the precision of its training if no other is given; data is the data
+    set's folder, if it has moved, use_ema that of load."""
     device = start_process(device)
     with first_process_first():
         model = load(path, device, use_ema)
         preset = replace(Preset(**model.preset), data=data or model.preset["data"])
         train_set, held_out, names = load_data(preset)
     if preset.conditional and names != model.class_names:
-        raise ValueError(f"{path} was trained on the classes {model.class_names!s:.300}, the data have "
-                         f"{names!s:.300}")
-    return quality(model, train_set, held_out, **options)
+        raise ValueError(f"{path} was trained on other classes than {names!s:.300}")
+    return quality(model, train_set, held_out, **{"precision": preset.precision, **options})
 
 
 def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, seed=0, features="pixels",
-            reference=None, **sampling):
+            reference=None, precision="float32", **sampling):
     """Measures of class-balanced samples, beside the same numbers for real held-out images.
 
     count      number of samples; sample i has class i mod K, and 8 bits as in an image file
@@ -972,6 +974,7 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
     cfg        guidance scale, 1 = off
     features   torch-fidelity, pytorch-fid (real: at most 50,000 training images) or pixels (10,000)
     reference  npz of statistics or of images to compare with instead; judged right and nearest are left out
+    precision  of the model: float32, bf16 or, bf16 on a GPU, auto; features are always float32
     sampling   other arguments of generate or generate_latent, in place of the preset's
     returns    {row: {column: number}}, on all processes: the rows of fid.compare; FID of as many
                reconstructed training images (rFID); of pixels, judged right, the share of images whose class
@@ -987,12 +990,14 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         return extracted(gathered(
             places, lambda part: [x.cpu() for x in network(images_at(part).to(device))]))
 
+    in_precision = autocast(device, precision)
     draw = sampler(model, cfg=cfg, seed=seed, **sampling)
+    again = in_precision(partial(reconstruct, model))
 
     def drawn(T, part):
         """Samples at some places, in T steps, uint8."""
-        x = draw(model, y[part], T, first=part[0])
-        return to_uint8((x + 1) / 2, draw.keywords.get("official", False))
+        x = in_precision(draw)(model, y[part], T, first=part[0])
+        return to_uint8((x + 1) / 2, draw.keywords.get("official"))
 
     if reference:
         real = extract_or_keep(images_or_statistics(reference, features), lambda: network, device)
@@ -1009,16 +1014,16 @@ def quality(model, train_set, held_out, count=1000, steps=(1, 2, 4), cfg=1.0, se
         for row, value in compare(images, real, features).items():
             rows.setdefault(row, {})[title] = value
     if not pixels:
-        again = measured(some(train_set, count), lambda part: to_uint8(
-            (reconstruct(model, to_float(train_set[part][0])) + 1) / 2))
-        rows["rFID"] = {"training set": compare(again, real, features)["FID"]}
+        images = measured(some(train_set, count), lambda part: to_uint8(
+            (again(to_float(train_set[part][0])) + 1) / 2))
+        rows["rFID"] = {"training set": compare(images, real, features)["FID"]}
     if pixels and not reference:
         if model.num_classes:
             rows["judged right"] = judged_right(columns, classes, real, train_set.targets[places])
         if held_out:
             rows["nearest"] = nearest(columns, real)
     if held_out:
-        rows["reconstruction MSE"] = {"real held-out": reconstruction_error(model, held_out)}
+        rows["reconstruction MSE"] = {"real held-out": reconstruction_error(again, held_out)}
     return rows
 
 
@@ -1036,11 +1041,11 @@ def nearest(columns, real):
     return {column: distance / median["real held-out"] for column, distance in median.items()}
 
 
-def reconstruction_error(model, data):
-    """Mean squared error of reconstructions, of images in [-1, 1]."""
+def reconstruction_error(again, data):
+    """Mean squared error of what a function makes of images, all in [-1, 1]."""
     def error(part):
         x = to_float(data[part][0])
-        return (reconstruct(model, x).cpu() - x).square().mean((1, 2, 3))
+        return (again(x).cpu() - x).square().mean((1, 2, 3))
 
     return torch.cat(gathered(range(len(data)), error)).mean().item()
 
@@ -1169,7 +1174,6 @@ def print_quality(path, **options):
     """The table of --evaluate."""
     rows = evaluate(path, **options)
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
-    say(path)
     print_row("", columns)
     for row, cells in rows.items():
         print_row(row, [cells.get(column, "") for column in columns])
@@ -1178,11 +1182,10 @@ def print_quality(path, **options):
 def list_presets():
     """A line per preset: sizes, parameters, GFLOPs of one image."""
     costs = {}
+    print_row("preset", "pixels,tokens,L,parameters,encode,denoise,decode,T = 1,T = 2,T = 4,T = 6".split(","))
     for name, preset in PRESETS.items():
         _, classes = DATA_SETS[preset.dataset]
         model, costs[name] = cost(preset, classes, PRESETS.get(preset.tokenizer))
-        if name == "digits":
-            print_row("preset", ["pixels", "tokens", "L", "parameters", *costs[name]])
         N, d = model.latent_shape
         parameters = sum(p.numel() for p in model.parameters())
         print_row(name, [preset.image_size, N, N * d, f"{parameters:,}", *costs[name].values()])

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from functools import partial
 
 import lpips
@@ -14,6 +15,7 @@ from losses import (LATENT_WEIGHT_NAMES, WEIGHT_NAMES, denoiser_consistency_abla
                     pixel_reconstruction_loss, sliced_wasserstein_loss, sphere_encoder_loss,
                     sphere_latent_loss, sphere_quantiles)
 from spherify import add_noise, spherify
+from train import PRESETS
 
 WEIGHTS = (25.0, 0.0, 3.0, 0.0, 0.5)
 
@@ -258,6 +260,17 @@ def test_latent_total_is_the_weighted_sum_of_the_equations(denoiser, latent_batc
     torch.testing.assert_close((loss, *parts.values()), (sum(w * part for w, part in zip(weights, expected)),
                                                          *expected), rtol=1e-4, atol=1e-6)
     assert loss.requires_grad and not any(part.requires_grad for part in parts.values())
+
+
+def test_images_of_a_denoiser_are_encoded_in_the_precision_of_its_training(denoiser, latent_batch):
+    x, (_, y, *others) = rand(3, 3, 12, 20), latent_batch
+    preset = replace(PRESETS["digits-latent"], precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        short = denoiser.tokenizer.encode(x)
+    objective = losses.Objective(denoiser, preset)
+    whole = denoiser.tokenizer.encode(x)
+    of_images, of_short, of_whole = (objective(z, y.T, *others)[0] for z in (x, short, whole))
+    assert torch.equal(of_images, of_short) and not torch.equal(of_images, of_whole)
 
 
 def test_the_ablation_denoises_its_own_prediction_and_costs_a_pass_only_if_weighted(denoiser, latent_batch):

@@ -11,7 +11,8 @@ from conftest import ROOT, one_line, with_seeded_weights
 from fid import to_uint8
 from models import convert_official
 from sample import generate, generate_latent, load, main, picture, read_checkpoint, reconstruct, sampler
-from spherify import add_noise, angle_between, angle_to_sigma, sample_noise, spherify, truncate_noise
+from spherify import (add_noise, angle_between, angle_to_sigma, autocast, sample_noise, spherify,
+                      truncate_noise)
 from test_models import CFG, golden_model, released
 
 Y = torch.tensor([0, 1, 3])
@@ -137,7 +138,7 @@ def test_no_class_is_the_null_class_and_one_class_one_image(model):
 
 def test_a_thousand_classes_are_not_all_interpolated_unless_asked_for(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda *args: model)
-    model.class_names = [str(k) for k in range(1000)]
+    model.class_names, model.preset = [str(k) for k in range(1000)], {}
     monkeypatch.setattr(model, "num_classes", 1000)
     monkeypatch.setattr(sample, "interpolate", lambda model, y, *rest, **how: torch.zeros(2, 3, 12, 20))
     run("any.pt", tmp_path, "interpolate --frames 2")
@@ -149,6 +150,39 @@ def test_reconstruction_adds_no_noise_and_defaults_to_the_null_class(model, deno
     torch.testing.assert_close(reconstruct(model, x), model.decode(spherify(model.encode(x))))
     torch.testing.assert_close(reconstruct(model, x, Y), model.decode(spherify(model.encode(x, Y)), Y))
     assert torch.equal(reconstruct(denoiser, x), tokenizer.decode(tokenizer.encode(x)))
+
+
+def test_networks_that_sample_in_bf16_get_points_of_the_sphere_and_return_float32(model, denoiser):
+    for owner, network, draw in ((model, model.decoder, generate), (denoiser, denoiser, generate_latent)):
+        points, kinds = [], []
+        whole = draw(owner, Y, 3, cfg=1.5)
+        hooks = [network.register_forward_pre_hook(lambda _, args: points.append(args[0]))]
+        hooks += [part.register_forward_hook(lambda _, args, y: kinds.append(y.dtype))
+                  for part in network.modules() if isinstance(part, torch.nn.Linear)]
+        with autocast(torch.device("cpu"), "bf16"):
+            short = draw(owner, Y, 3, cfg=1.5)
+        for hook in hooks:
+            hook.remove()
+        for v in points:
+            torch.testing.assert_close(v.flatten(1).norm(dim=1), torch.full((3,), v[0].numel() ** 0.5))
+        assert {*kinds} == {torch.bfloat16} and short.dtype == torch.float32
+        assert 0 < (short - whole).abs().max() < 0.2
+
+
+def test_samples_are_drawn_in_the_precision_of_the_training_or_as_asked(trained, tmp_path):
+    checkpoint = read_checkpoint(trained)
+    of_bf16 = tmp_path / "bf16.pt"
+    torch.save({**checkpoint, "preset": {**checkpoint["preset"], "precision": "bf16"}}, of_bf16)
+    drawn = {}
+    for path in (trained, of_bf16):
+        for words in ("", "--precision bf16", "--precision float32"):
+            out = tmp_path / f"{path.stem} {words}"
+            run(path, out, f"--count 20 --singles npz {words}")
+            drawn[path, words] = np.load(out / "images.npz")["arr_0"]
+    assert (drawn[trained, ""] == drawn[trained, "--precision float32"]).all()
+    assert (drawn[of_bf16, ""] == drawn[trained, "--precision bf16"]).all()
+    assert (drawn[of_bf16, "--precision float32"] == drawn[trained, ""]).all()
+    assert (drawn[of_bf16, ""] != drawn[trained, ""]).any()
 
 
 # ---- checkpoints ----
@@ -362,7 +396,7 @@ def test_mistakes_of_the_command_are_one_line_and_leave_nothing(
 def test_classes_are_asked_for_by_name_or_by_number_where_there_is_no_such_name(
         model, tmp_path, monkeypatch, capsys, words, drawn):
     """Class 1 is called 10."""
-    model.class_names, model.num_classes = ["a", "10", "b"], 3
+    model.class_names, model.num_classes, model.preset = ["a", "10", "b"], 3, {}
     monkeypatch.setattr(sample, "load", lambda *args: model)
     run("any.pt", tmp_path, f"--count 4 --steps 1 --singles --classes {words}")
     assert_singles_are(generate(model, drawn, 1), tmp_path)

@@ -565,10 +565,13 @@ def test_bf16_autocasts_the_networks_and_nothing_else(tmp_path, monkeypatch):
         return loss, parts
 
     monkeypatch.setattr(losses, "sphere_encoder_loss", look)
+    pictures = []
+    monkeypatch.setattr(train, "draw", lambda *_: pictures.append(torch.is_autocast_enabled("cpu")))
     auto, bf16 = (train.train(replace(TINY, precision=name), tmp_path / name, seed=3, device="cpu").parent
                   for name in ("auto", "bf16"))
     half = len(seen) // 2
     assert seen == [False] * half + [True] * half and half > TINY.iterations    # and for the held-out loss
+    assert pictures == [False] * (len(pictures) // 2) + [True] * (len(pictures) // 2) and pictures
     for a, b in zip(lines(bf16 / "log.jsonl"), lines(auto / "log.jsonl"), strict=True):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     stored = read_checkpoint(bf16 / "last.pt")
@@ -911,12 +914,23 @@ def distance(path, T=1, **options):
 def test_evaluation_prints_every_number_beside_real_images(trained, capsys):
     command("--evaluate", trained, "--count", "100", "--steps", "1,2")
     output = capsys.readouterr().out
-    assert output.splitlines()[1].split() == "T = 1 T = 2 real held-out".split()
+    assert output.splitlines()[0].split() == "T = 1 T = 2 real held-out".split()
     rows = table(output)
     assert list(rows) == ["Fréchet distance", "precision", "recall", "judged right", "nearest",
                           "reconstruction MSE"]
     assert rows["judged right"][2] == pytest.approx(0.993, abs=0.001)       # the judge itself, on real digits
     assert rows["Fréchet distance"][2] == pytest.approx(0.871, abs=0.02) and rows["nearest"][2] == 1.0
+
+
+def test_evaluation_computes_in_the_precision_of_the_training_or_as_asked(tmp_path):
+    preset = replace(TINY, precision="bf16")
+    path = train.train(preset, tmp_path / "run", 3, device="cpu", evaluate_every=1.0, count=20, steps=(2,))
+    whole, short, default = (evaluate(path, count=20, steps=(2,), **how) for how in (
+        {"precision": "float32"}, {"precision": "bf16"}, {}))
+    *_, kept = lines(tmp_path / "run" / "evaluations.jsonl")
+    for name, columns in default.items():
+        assert columns == short[name] == kept[name]
+    assert all(default[name] != whole[name] for name in ("Fréchet distance", "reconstruction MSE"))
 
 
 def test_real_training_images_score_as_memorised(trained, monkeypatch):
