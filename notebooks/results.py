@@ -513,7 +513,8 @@ HEADS = {f"{short} {T}": (row, f"T = {T}", digits) for T in (*STEPS, 10) for sho
     ("features", "features", 3), ("Fréchet", "Fréchet distance", 2), ("right", "judged right", 3),
     ("recall", "recall", 2), ("precision", "precision", 2), ("nearest", "nearest", 2),
     ("ms", "ms per image", 2), ("FID", "FID", 1), ("MFLOPs", "MFLOPs", 1))} | {
-    "parameters": ("MFLOPs", "parameters", 0), "gradient": ("training", "gradient", 2), "features": ("features", "images", 3),
+    "parameters": ("MFLOPs", "parameters", 0), "gradient": ("training", "gradient", 2),
+    "features": ("features", "images", 3),
     "real features": ("features", "real held-out", 3),
     "real Fréchet": ("Fréchet distance", "real held-out", 2),
     "real right": ("judged right", "real held-out", 3), "reads": ("reader", "right", 3),
@@ -928,8 +929,8 @@ STUDIES = {
            "a Gaussian per class, 2,000": ("digits", "Gaussian"),
            "one Gaussian, 2,000": ("digits", "one Gaussian"),
            "held-out digits, read by the CNN": ("digits", "reader")}, (),
-        ("reads", "features 4", "features", "real features", "Fréchet 4", "Fréchet", "real Fréchet", "right 4",
-         "real right", "recall 4", "nearest 4")),
+        ("reads", "features 4", "features", "real features", "Fréchet 4", "Fréchet", "real Fréchet",
+         "right 4", "real right", "recall 4", "nearest 4")),
 }
 EMOJI = ("fid", "lpips")                                    # slow: three seeds instead of five
 
