@@ -441,7 +441,7 @@ class MLP(nn.Sequential):
 # ---- Sphere Latent Encoder: the tokenizer ------------------------------------------------------------------
 
 
-# DINOv2's entry point loads its own weights; of the RAE's decoders this is the one that the paper uses.
+# DINOv2's entry point loads its own weights; of the RAE's decoders this is its authors' own (assumed).
 DINOV2 = ("facebookresearch/dinov2:main", "dinov2_vitb14_reg")
 RAE_FILES = "https://huggingface.co/nyu-visionx/RAE-collections/resolve/main/"
 RAE_DECODER = (RAE_FILES + "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",

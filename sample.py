@@ -52,7 +52,8 @@ def generate(model, y, steps, cfg=1.0, *, alpha=None, gamma=0.0, schedule=None, 
     alpha     degrees, angle of the noise at r = 1; None is the model's own alpha_max
     gamma     decay of the noise over the steps, SE Eq. 13; 0 keeps it fixed (the paper's best)
     schedule  of that decay: "eq13" or "released", see step_schedule; None is "eq13", if official "released"
-    shared    one noise vector per image for all steps (the paper's best), or a fresh one at every step
+    shared    one noise vector per image for all steps (assumed to be the paper's best, which shares "e in
+              Equation 4", of which step 1 has none; see official), or a fresh one at every step
     position  guide the latent ("encoder"), the pixels ("decoder") or both ("combo"). SE App. C.1
     bound     truncate the noise of the first step to [-bound, bound]. SE App. C.6. Later steps keep the whole
               one, shared or not (assumed: it would be shorter than sigma says)
