@@ -5,7 +5,9 @@ import json
 import math
 import re
 import shlex
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +20,12 @@ from losses import pixel_reconstruction_loss, sphere_encoder_loss
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 from test_sample import official  # noqa: F401
 
-README, NOTEBOOKS = ((ROOT / folder / "README.md").read_text() for folder in ("", "notebooks"))
-LOSS, SAMPLING, LATENT_SAMPLING, USE = re.findall(r"```python\n(.*?)```", README, re.S)
+README, NOTEBOOKS, DIFFERENCES = ((ROOT / page).read_text() for page in (
+    "README.md", "notebooks/README.md", "notebooks/differences.md"))
+LOSS, SAMPLING, LATENT_SAMPLING, USE, LOGS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip()
-            for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
-            if line.strip() and not line.startswith("#")]
+            for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in re.sub(r"\\\n\s*", "", block).splitlines() if not line.startswith("#")]
 
 
 def arguments(program):
@@ -62,10 +65,9 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
 @pytest.mark.parametrize("argv", arguments("sample.py"), ids=" ".join)
 def test_readme_sampling_commands_draw(argv, trained, official, tmp_path):
     files = {"ep0799.pth": official[0], "cfg.json": official[1]}            # what README's commands speak of
-    for name in ("a.png", "b.jpg"):
-        files[name] = tmp_path / name
-        Image.new("RGB", (40, 30), "white").save(files[name])
-    argv = [str(files.get(word, word)) for word in argv] + ["--out", str(tmp_path / "out")]
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "a.png")
+    argv = [str(tmp_path / "a.png" if word.endswith(".png") else files.get(word, word)) for word in argv]
+    argv += ["--out", str(tmp_path / "out")]
     sample.main(argv if "--config" in argv else [*argv, "--checkpoint", str(trained)])  # the last counts
     word = argv[0] if argv[0] in sample.WORDS else "generate"
     assert (tmp_path / "out" / f"{word}.png").exists()
@@ -90,6 +92,18 @@ def test_the_lines_that_explain_loss_and_sampling_are_the_functions(model, denoi
         torch.testing.assert_close(space["x"].clamp(-1, 1), sample.generate_latent(denoiser, y, T))
 
 
+def test_the_lines_that_pass_on_a_log_give_it_whole(tmp_path, monkeypatch):
+    rows = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
+    (tmp_path / "out" / "digits").mkdir(parents=True)
+    (tmp_path / "out" / "digits" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    fake = SimpleNamespace(init=lambda project: None, log=lambda row, step: seen.append((row, step)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(tmp_path)
+    exec(LOGS, {})
+    assert seen == [({"loss": 2.0}, 10), ({"loss": 1.0}, 20)]
+
+
 def test_the_lines_of_python_run(monkeypatch):
     space = {}
     monkeypatch.chdir(ROOT)
@@ -97,23 +111,24 @@ def test_the_lines_of_python_run(monkeypatch):
     assert space["x"].shape == (3, 3, 16, 16) and space["walk"].shape == (9, 3, 16, 16)
 
 
-def test_every_function_and_test_that_the_readme_names_exists():
-    functions = re.findall(r"`(\w+\.py):(\w+)`", README)
-    assert len(functions) > 10
+def test_every_function_and_test_that_a_page_names_exists():
+    functions = re.findall(r"`(\w+\.py):(\w+)`", README + DIFFERENCES)
+    assert len(functions) > 40
     for file, name in functions:
         text = (ROOT / file).read_text()
         assert re.search(rf"(def|class) {name}\b", text), f"{file}: {name}"
-    tests = re.findall(r"`(test_\w+)`", README)
+    tests = re.findall(r"`(test_\w+)`", README + DIFFERENCES)
     assert len(tests) > 3
     for name in tests:
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/results.md",
+@pytest.mark.parametrize("page", [
+    "README.md", "notebooks/README.md", "notebooks/results.md", "notebooks/differences.md",
     *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb")))])
 def test_every_file_and_section_that_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", (ROOT / page).read_text())
-    assert len(links) > (6 if page.endswith("README.md") else 0) or page == "notebooks/results.md"
+    assert len(links) > (6 if page.endswith("README.md") else 0) or page.startswith("notebooks/")
     for path, section in links:
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), path
