@@ -1111,8 +1111,9 @@ def report():
         draw_claims(complete, HERE / "figures" / "claims.png")
         parts += ["## The papers' claims", claims_table(complete, False),
                   "## Ours", claims_table(complete, True)]
-    if others:
-        parts.append(f"Not measured by features yet: {', '.join(f'[{name}](#{name})' for name in others)}.")
+    if others:                                              # by raw pixels alone, on an older page
+        parts += [f"Not measured by features yet: {', '.join(f'[{name}](#{name})' for name in others)}.",
+                  was.get("What holds here", "")]
     above = "\n\n".join([*parts, HISTORY, NOT_TRIED, *sections])
     path.write_text(f"{above}\n\n----\n{below}", encoding="utf-8")
 
