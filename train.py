@@ -768,9 +768,9 @@ DATA_SETS = {
     "folder": (image_folder, 10),
 }
 # Data sets that are neither downloaded nor the user's own.
-MADE_BY = {"emoji": "two commands make it: `npm pack --pack-destination data @lobehub/fluent-emoji-3d@1.1.0 "
-                    "emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0` and "
-                    "`python notebooks/emoji.py`"}
+MADE_BY = {"emoji": "two commands make it: `mkdir -p data && npm pack --pack-destination data "
+                    "@lobehub/fluent-emoji-3d@1.1.0 emoji-datasource-google@16.0.0 "
+                    "emoji-datasource-twitter@16.0.0` and `python notebooks/emoji.py`"}
 
 
 def load_data(preset):

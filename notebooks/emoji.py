@@ -1,7 +1,7 @@
 r"""Images of emoji by three artists, for the presets `emoji` and `emoji-latent`. Two commands make them:
 
-    npm pack --pack-destination data @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource-google@16.0.0 \
-        emoji-datasource-twitter@16.0.0
+    mkdir -p data && npm pack --pack-destination data @lobehub/fluent-emoji-3d@1.1.0 \
+        emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python notebooks/emoji.py
 
 Fluent Emoji 3D: Microsoft, MIT licence. Noto Emoji: Google, Apache-2.0. Twemoji: Twitter and contributors,
