@@ -64,7 +64,8 @@ def test_readme_training_and_evaluation_commands_are_understood(argv, monkeypatc
 
 @pytest.mark.parametrize("argv", arguments("sample.py"), ids=" ".join)
 def test_readme_sampling_commands_draw(argv, trained, official, tmp_path):
-    files = {"ep0799.pth": official[0], "cfg.json": official[1]}            # what README's commands speak of
+    files = {"ep0799.pth": official[0], "cfg.json": official[1],            # what README's commands speak of
+             "50000": "5"}
     Image.new("RGB", (40, 30), "white").save(tmp_path / "a.png")
     argv = [str(tmp_path / "a.png" if word.endswith(".png") else files.get(word, word)) for word in argv]
     argv += ["--out", str(tmp_path / "out")]

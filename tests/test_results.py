@@ -25,7 +25,6 @@ import results  # noqa: E402
 def tiny(tmp_path, monkeypatch):
     """Runs of a few iterations of tiny networks into a folder of their own."""
     monkeypatch.setattr(results, "OUT", tmp_path)
-    monkeypatch.setattr(results, "reader", lambda: fid.feature_network("pixels"))   # its training takes seconds
     results.network.cache_clear()
     monkeypatch.setattr(results, "COUNT", 20)
     monkeypatch.setattr(results, "STEPS", (1,))
@@ -45,6 +44,14 @@ def test_a_study_compares_rows_and_columns_that_it_has(name):
         assert len(results.asked(name, claim.decides[0])) == (3 if name in results.EMOJI else 5)
 
 
+def test_the_reader_is_what_its_command_trains():
+    """A little: with the same seed the first epoch gives the same weights, on any machine up to rounding."""
+    before, after = results.read_digits(epochs=0), results.read_digits(epochs=1)
+    again = results.read_digits(epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(before[1].weight, after[1].weight)
+
+
 CELLS = {"base": [1.0, 2.0, 4.0], "a tenth less": [0.9, 1.8, 3.6], "scattered": [2.0, 1.0, 4.1],
          "a fifth more": [1.2, 2.4, 4.8], "a third more": [1.3, 2.7, 5.3]}
 
@@ -53,7 +60,8 @@ CELLS = {"base": [1.0, 2.0, 4.0], "a tenth less": [0.9, 1.8, 3.6], "scattered": 
     ("a tenth less", "<", "base", "holds"),                 # though their ranges overlap: pairs of seeds count
     ("base", "<", "a tenth less", "contradicted"), ("scattered", "<", "base", "open"),
     ("base", "<", ["a fifth more", "a third more"], "holds"),
-    ("base", "<", ["a fifth more", "a tenth less"], "contradicted"),        # the best of the others is
+    ("base", "<", ["a fifth more", "scattered"], "open"),                   # of several, all count
+    ("base", "<", ["a fifth more", "a tenth less"], "contradicted"),
     ("a tenth less", "<=", "base", "holds"), ("a fifth more", "<=", "base", "contradicted"),
     ("a third more", "=", "a fifth more", "open"), ("a fifth more", "=", "base", "contradicted"),
     ("base", "=", "a third more", "contradicted"), ("scattered", "=", "base", "open")])
@@ -67,7 +75,7 @@ def test_an_interval_of_ratios_is_students(monkeypatch):
     monkeypatch.setattr(results, "values", lambda study, label, head: cells[label])
     logs = np.log([1 / 2, 3 / 2, 2 / 5])                    # of the seeds that both have
     low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
-    *found, other = results.ratio(None, ("a", "", "<", ["b"], ""))
+    [(*found, other)] = results.ratios(None, ("a", "", "<", ["b"], ""))
     assert found == pytest.approx(np.exp([logs.mean(), low, high])) and other == "b"
 
 
@@ -90,7 +98,7 @@ def test_a_report_is_a_function_of_the_numbers_that_are_kept(tmp_path, monkeypat
     (tmp_path / "figures").mkdir()
     monkeypatch.setattr(results, "HERE", tmp_path)
     monkeypatch.setattr(results, "STUDIES", {"steps": results.STUDIES["steps"]})
-    for seed in range(5):
+    for seed in results.SEEDS:
         for measure, T in (("", (1, 2, 4, 6)), ("ten steps", (10,))):
             rows = {"features": {f"T = {t}": 8 / t + seed for t in T},
                     "Fréchet distance": {f"T = {t}": 1.0 + t + seed for t in T}, "machine": "M", "date": "D"}
@@ -106,8 +114,8 @@ def test_a_report_is_a_function_of_the_numbers_that_are_kept(tmp_path, monkeypat
         pages.append((tmp_path / "results.md").read_text(encoding="utf-8"))
     results.measured.cache_clear(), results.stored.cache_clear()
     assert pages[0] == pages[1] and (tmp_path / "figures" / "claims.png").stat().st_size > 1000
-    ratios = [(2 + seed) / (8 + seed) for seed in range(5)]
-    assert f"default, features 4: {stats.gmean(ratios):.2f} [" in pages[0] and "Machine: M, D." in pages[0]
+    ratio = stats.gmean([(2 + seed) / (8 + seed) for seed in results.SEEDS])
+    assert f"default: features 4 is {ratio:.2f} [" in pages[0] and "Measured on: M, D." in pages[0]
     [line] = [line for line in pages[0].splitlines() if "four steps generate better than one](#steps)" in line]
     assert "**holds**" in line and line.endswith("contradicted |")          # by features, and by pixels
 
@@ -171,7 +179,8 @@ def test_points_of_a_classs_gaussian_have_its_mean_and_variance(tiny, monkeypatc
 
 
 def test_the_reader_tells_unseen_digits_from_a_gaussian_and_from_hybrids(tmp_path, monkeypatch):
-    """Which pixels do not: by them the Gaussian is about as near. Lines that jump have no hybrids."""
+    """Which pixels do not: by them the Gaussian is about as near. Lines that jump have no more hybrids than
+    their ends."""
     monkeypatch.setattr(results, "OUT", tmp_path)
     results.network.cache_clear()
     data, held_out, _ = train.load_data(TINY)
@@ -189,7 +198,7 @@ def test_the_reader_tells_unseen_digits_from_a_gaussian_and_from_hybrids(tmp_pat
 
     monkeypatch.setattr(results, "interpolate", jump)
     rows = results.transitions(None, data, held_out)["unsure"]
-    assert rows["model"] < rows["blend"] - 0.1
+    assert rows["between"] == pytest.approx(rows["ends"], abs=0.02) and rows["blend"] > rows["ends"] + 0.1
 
 
 def test_training_images_have_distance_0_and_unseen_ones_the_least(tiny, pixels):
