@@ -992,7 +992,7 @@ EMOJI = ("fid", "lpips")
 
 
 def asked(name, label):
-    """The training seeds of a row: five if it decides on a claim, three otherwise; one if it is of no model."""
+    """The training seeds of a row: five if it decides on a claim, else three; one if it is of no model."""
     seeds = EMOJI_SEEDS if name in EMOJI else SEEDS
     if STUDIES[name].rows[label][1] in OF_DATA:
         return seeds[:1]
