@@ -20,8 +20,8 @@ from losses import pixel_reconstruction_loss, sphere_encoder_loss
 from spherify import add_noise, angle_to_sigma, sample_noise, spherify, step_schedule
 from test_sample import official  # noqa: F401
 
-README, NOTEBOOKS, DIFFERENCES = ((ROOT / page).read_text() for page in (
-    "README.md", "notebooks/README.md", "notebooks/differences.md"))
+README, NOTEBOOKS, DIFFERENCES, RESULTS = ((ROOT / page).read_text() for page in (
+    "README.md", *(f"notebooks/{name}.md" for name in ("README", "differences", "results"))))
 LOSS, SAMPLING, LATENT_SAMPLING, USE, LOGS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip()
             for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -72,6 +72,23 @@ def test_readme_sampling_commands_draw(argv, trained, official, tmp_path):
     sample.main(argv if "--config" in argv else [*argv, "--checkpoint", str(trained)])  # the last counts
     word = argv[0] if argv[0] in sample.WORDS else "generate"
     assert (tmp_path / "out" / f"{word}.png").exists()
+
+
+def test_fids_of_the_readme_are_those_of_results():
+    """Cell by cell; of which row of the study fid a line is."""
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (
+        line.split("|") for line in RESULTS.partition("## fid")[2].splitlines() if line.startswith("|"))}
+    labels = {"Sphere Encoder, fixed noise (the paper's choice)": "SE, fixed",
+              "Sphere Encoder, decaying as in its code": "SE, released",
+              "Sphere Latent Encoder, fixed noise": "SLE, fixed",
+              "Sphere Latent Encoder, decaying so (default)": "SLE, released"}
+    for line, label in labels.items():
+        [cells] = re.findall(rf"^\| {re.escape(line)} \|(.*)\|$", README, re.M)
+        steps, rfid = rows[label][:4], rows[label][rows[""].index("rFID")]
+        assert [cell.strip() for cell in cells.split("|")] == [*steps, rfid]
+    for label, head in (("held-out images", "FID"), ("SLE, released, 146 samples", "FID 4"),
+                        ("a Gaussian per class", "FID")):
+        assert f" {rows[label][rows[''].index(head)]}" in README
 
 
 def test_the_lines_that_explain_loss_and_sampling_are_the_functions(model, denoiser):
