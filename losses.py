@@ -269,8 +269,7 @@ class LPIPS(lpips.LPIPS):
                 layers.load_state_dict({name: vgg[f"features.{name}"] for name in layers.state_dict()})
 
     def forward(self, a, b):
-        a_features, b_features = (self.net(self.scaling_layer(x).to(memory_format=torch.channels_last))
-                                  for x in (a, b))
+        a_features, b_features = (self.net(self.scaling_layer(x)) for x in (a, b))
         distance = 0
         with full_precision(a):
             for head, *pair in zip(self.lins, a_features, b_features):                     # [B, C, h, w] each

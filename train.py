@@ -961,7 +961,7 @@ def evaluate(path, data=None, device=None, use_ema=None, **options):
         preset = replace(Preset(**model.preset), data=data or model.preset["data"])
         train_set, held_out, names = load_data(preset)
     if preset.conditional and names != model.class_names:
-        raise ValueError(f"{path} was trained on other classes than {names!s:.300}")
+        raise ValueError(f"{path} was trained on other classes, {model.class_names!s:.300}")
     return quality(model, train_set, held_out, **{"precision": preset.precision, **options})
 
 

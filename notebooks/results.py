@@ -360,9 +360,9 @@ def read_digits(epochs=40):
 @lru_cache
 def reader():
     """A callable on uint8 images [B, 3, 16, 16] that returns features [B, 64] and logits [B, 10] of the CNN
-    in models/reader.pt (--reader has made it), the same on all machines."""
+    in reader.pt (--reader has made it), the same on all machines."""
     network = read_digits(epochs=0)
-    network.load_state_dict(torch.load(HERE / "models" / "reader.pt", weights_only=True))
+    network.load_state_dict(torch.load(HERE / "reader.pt", weights_only=True))
     network.eval().requires_grad_(False)
     return lambda x: (network[0](grey(x)), network(grey(x)))
 
@@ -1115,7 +1115,8 @@ def section(name, study):
     counts = {len(values(study, label, head)) for label in study.rows for head in heads} - {0}
     return [f"## {name}", f"*{study.question}*", "\n".join(f"| {' | '.join(row)} |" for row in table),
             "\n".join(decided), f"Also: {'; '.join(further)}." if further else "", f"The paper: {study.text}",
-            f"Training seeds per row: {min(counts)} to {max(counts)}. Measured on: {'; '.join(sorted(origins))}.",
+            f"Training seeds per row: {min(counts)} to {max(counts)}. Measured on: "
+            f"{'; '.join(sorted(origins))}.",
             f"```sh\n{next(commands, f'python notebooks/results.py {name}')}\n```"]
 
 
@@ -1288,7 +1289,7 @@ def main():
     names = args.studies or [*STUDIES]
     if args.reader:
         state = {name: tensor.half() for name, tensor in read_digits().state_dict().items()}
-        return torch.save(state, HERE / "models" / "reader.pt")
+        return torch.save(state, HERE / "reader.pt")
     if args.list:
         for name in names:
             study, lacks = STUDIES[name], missing([name])

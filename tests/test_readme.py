@@ -76,8 +76,9 @@ def test_readme_sampling_commands_draw(argv, trained, official, tmp_path):
 
 def test_fids_of_the_readme_are_those_of_results():
     """Cell by cell; of which row of the study fid a line is."""
+    section = RESULTS.partition("## fid\n")[2].partition("\n## ")[0]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (
-        line.split("|") for line in RESULTS.partition("## fid")[2].splitlines() if line.startswith("|"))}
+        line.split("|") for line in section.splitlines() if line.startswith("|"))}
     labels = {"Sphere Encoder, fixed noise (the paper's choice)": "SE, fixed",
               "Sphere Encoder, decaying as in its code": "SE, released",
               "Sphere Latent Encoder, fixed noise": "SLE, fixed",
