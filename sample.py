@@ -332,7 +332,7 @@ def picture(panels, row_names=()):
     """Panels side by side, {title: [rows, columns, 3, H, W] in [-1, 1]}, with a word per row; a PIL image."""
     font = ImageFont.load_default(14)
     *_, images = panels.values()
-    zoom = max(1, round(48 / images.shape[-1]))       # small images are enlarged
+    zoom = max(1, round(48 / max(images.shape[3:])))        # small images are enlarged
     grids = {title: to_pil(make_grid(images.flatten(0, 1), images.shape[1], 1, pad_value=1), zoom)
              for title, images in panels.items()}
     left = 12 + int(max(map(font.getlength, row_names), default=0))
@@ -477,7 +477,7 @@ def main(argv=None):
     save_image(picture(panels, rows), path)
     if args.arrays:
         with whole_file(args.written) as file:
-            np.savez(file, torch.cat(args.arrays).numpy())
+            np.savez(file, torch.cat(args.arrays))
     print(path, args.written if args.singles else "")
 
 

@@ -569,7 +569,7 @@ def wrapped(objective, compile):
         # broadcast_buffers=False, by its place since its name is to change; gradients are averaged.
         warnings.filterwarnings("ignore", ".*broadcast_buffers")
         objective = nn.parallel.DistributedDataParallel(objective, None, None, 0, False,
-                                                            gradient_as_bucket_view=True)
+                                                        gradient_as_bucket_view=True)
     if compile:
         objective.compile(dynamic=False)                    # in place: parameters keep their names
     return objective

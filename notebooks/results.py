@@ -50,6 +50,7 @@ from train import PRESETS, gathered, load_data, logged, quality, seeded, some  #
 
 SEEDS, COUNT, OUT = (3, 4, 5, 6, 7), 2000, Path("out/results")   # 0 to 2 had been seen, see HISTORY
 EMOJI_SEEDS = (0, 1, 2)                 # of trainings that take an hour
+ALL_SEEDS = (*SEEDS, *EMOJI_SEEDS)
 FEW = 1000                              # of FID's samples: Inception takes 0.2 s of a core for each
 STEPS = (1, 2, 4, 6)
 
@@ -479,7 +480,7 @@ MEASURES = {
     "ten steps": {"steps": (10,)}, "shared from step 2": {"official": True, "gamma": 0.0},
     **{f"guided {s}": {"cfg": s} for s in (1.2, 1.6)},
     "time": timed, "uniformity": uniformity, "copies": copies, "told": told, "transitions": transitions,
-    "reader": accuracy, "training": None, "counted": None, "FID": inception,
+    "reader": accuracy, "counted": cost, "FID": inception,
     "FID, 1 and 4 steps": partial(inception, steps=(1, 4)),
     "FID, fixed": partial(inception, steps=(4,), gamma=0.0),
     "FID, released": partial(inception, steps=(4,), gamma=1.0, schedule="released"),
@@ -509,19 +510,21 @@ def work(run, seed, wanted):
         if read_checkpoint(out / "last.pt")["preset"] != asdict(preset):
             raise ValueError(f"{out} is a run of other settings; delete it")
         data, held_out, _ = load_data(preset)
-        for name in dict.fromkeys(["training", *wanted]):
-            arguments = MEASURES[name]
-            measure, options = (arguments, {}) if callable(arguments) else (judged, {
-                "seed": seed, **(arguments or {})})         # of the samples, too
-            if name == "training":
-                rows = training_of(out, preset)
-            else:
-                model = load(out / "last.pt", ema=options.pop("use_ema", None))
-                rows = measure(model, data, held_out, **options)
-            rows = {row: {column: float(f"{value:.5g}") for column, value in cells.items()}
-                    for row, cells in rows.items()}
-            with whole_file(measured_file(run, seed, name)) as whole:
-                whole.write(json.dumps({"machine": machine(), "date": str(date.today()), **rows}).encode())
+        record(run, seed, "training", training_of(out, preset))
+        for name in wanted:
+            measure, options = MEASURES[name], {}
+            if not callable(measure):
+                measure, options = judged, {"seed": seed, **measure}        # of the samples, too
+            model = load(out / "last.pt", ema=options.pop("use_ema", None))
+            record(run, seed, name, measure(model, data, held_out, **options))
+
+
+def record(run, seed, measure, rows):
+    """Write what was measured, to five digits, with machine and date."""
+    rows = {row: {column: float(f"{value:.5g}") for column, value in cells.items()}
+            for row, cells in rows.items()}
+    with whole_file(measured_file(run, seed, measure)) as file:
+        file.write(json.dumps({"machine": machine(), "date": str(date.today()), **rows}).encode())
 
 
 @lru_cache
@@ -996,8 +999,8 @@ def asked(name, label):
     seeds = EMOJI_SEEDS if name in EMOJI else SEEDS
     if STUDIES[name].rows[label][1] in OF_DATA:
         return seeds[:1]
-    deciding = {label for claim in STUDIES[name].claims
-                for label in (claim.decides[0], *np.ravel(claim.decides[3]))}
+    deciding = {decides for claim in STUDIES[name].claims
+                for decides in (claim.decides[0], *np.ravel(claim.decides[3]))}
     return seeds[:5 if label in deciding else 3]
 
 
@@ -1021,19 +1024,14 @@ def stored():
     return {(row.pop("run"), row.pop("seed"), row.pop("measure")): row for row in rows}
 
 
-def source(study, label, head):
-    """The run and the measure that a cell is of."""
-    run, measure = study.rows[label]
-    return run, "training" if HEADS[head][0] == "training" else measure
-
-
 def values(study, label, head):
     """{seed: number} of a cell; empty if its measure has no such row."""
-    row, column, _ = HEADS[head]
+    (run, measure), (row, column, _) = study.rows[label], HEADS[head]
     if row == "MFLOPs":
-        return {None: counted(study.rows[label][0])[column]}
-    run, measure = source(study, label, head)
-    rows = {seed: measured(run, seed, measure) for seed in {*SEEDS, *EMOJI_SEEDS}}
+        return {None: counted(run)[column]}
+    if row == "training":                                   # of a run, however it is sampled
+        measure = "training"
+    rows = {seed: measured(run, seed, measure) for seed in ALL_SEEDS}
     return {seed: found[row][column] for seed, found in rows.items()
             if found and column in found.get(row, {})}
 
@@ -1111,7 +1109,7 @@ def section(name, study):
     further = [in_words(study, comparison) for comparison in study.more]
     commands = filter(None, (command(*row, name) for row in reversed(study.rows.values())))
     origins = {f"{found['machine']}, {found['date']}" for run, measure in study.rows.values()
-               for seed in (*SEEDS, *EMOJI_SEEDS) if (found := measured(run, seed, measure))}
+               for seed in ALL_SEEDS if (found := measured(run, seed, measure))}
     counts = {len(values(study, label, head)) for label in study.rows for head in heads} - {0}
     return [f"## {name}", f"*{study.question}*", "\n".join(f"| {' | '.join(row)} |" for row in table),
             "\n".join(decided), f"Also: {'; '.join(further)}." if further else "", f"The paper: {study.text}",
@@ -1151,9 +1149,9 @@ def draw_claims(names, path):
         color = {"holds": "tab:blue", "contradicted": "tab:red", "open": "0.5"}[kind]
         axes.plot([low, high], [place, place], color=color)
         axes.plot(middle, place, {"<": "o", "<=": "<", "=": "D"}[claim.decides[2]], color=color, ms=5)
-    own = sum(not claim.ours for claim, _ in rows)
-    if own < len(rows):
-        axes.axhline(own - 0.5, color="0.6", lw=0.8, ls=":")
+    first_of_ours = sum(not claim.ours for claim, _ in rows)
+    if first_of_ours < len(rows):
+        axes.axhline(first_of_ours - 0.5, color="0.6", lw=0.8, ls=":")
     axes.set_yticks(range(len(rows)), [f"{claim.paper}: {claim.says}" for claim, _ in rows], fontsize=8)
     axes.set(xscale="log", xlim=(0.045, 22), ylim=(len(rows) - 0.5, -0.5),
              xlabel="ratio: claimed below 1 (dots), at most 1.1 (triangles), 0.9 to 1.1 (diamonds)")
@@ -1183,10 +1181,10 @@ def report():
             if any(claim.ours == ours for name in complete for claim in STUDIES[name].claims):
                 parts += [title, claims_table(complete, ours)]
     if others:                                              # by raw pixels alone, on an older page
-        old = was.get("What holds here", "").partition("\n\nNot tried")[0].splitlines()
+        older = was.get("What holds here", "").partition("\n\nNot tried")[0].splitlines()
         parts += ["Not measured by features yet, but by pixels, on training seeds 0 to 2, by older rules: "
                   + ", ".join(f"[{name}](#{name})" for name in others) + ".",
-                  "\n".join(line for line in old if not any(f"](#{name}) |" in line for name in complete))]
+                  "\n".join(line for line in older if not any(f"](#{name}) |" in line for name in complete))]
     above = "\n\n".join([*parts, HISTORY, NOT_TRIED, *sections])
     path.write_text(f"{above}\n\n----\n{below}", encoding="utf-8")
 
@@ -1194,7 +1192,7 @@ def report():
 def keep():
     """Write all numbers of the studies to results.jsonl, a line per training seed and measure."""
     keys = dict.fromkeys((run, seed, measure) for study in STUDIES.values() for row in study.rows.values()
-                         for run, measure in (row, (row[0], "training")) for seed in (*SEEDS, *EMOJI_SEEDS))
+                         for run, measure in (row, (row[0], "training")) for seed in ALL_SEEDS)
     lines = [json.dumps({"run": run, "seed": seed, "measure": measure, **found})
              for run, seed, measure in keys if (found := measured(run, seed, measure))]
     with whole_file(HERE / "results.jsonl") as file:
@@ -1265,7 +1263,7 @@ def missing(names, again=False):
     lacks, tokenizers = {}, {}
     wanted = [(seed, run, measure) for name in names for label, (run, measure) in STUDIES[name].rows.items()
               for seed in asked(name, label)]
-    for seed, run, measure in sorted(dict.fromkeys(wanted), key=lambda key: key[0]):       # seed 0 first
+    for seed, run, measure in sorted(dict.fromkeys(wanted), key=lambda key: key[0]):       # by seeds
         if measure != "counted" and not (own if again else measured)(run, seed, measure):
             lacks.setdefault((run, seed), []).append(measure)
             tokenizer = RUNS[run][1].get("tokenizer")

@@ -37,6 +37,8 @@ def test_a_study_compares_rows_and_columns_that_it_has(name):
     study = results.STUDIES[name]
     assert all(run in results.RUNS and measure in results.MEASURES for run, measure in study.rows.values())
     assert all(head in results.HEADS for head in study.heads)
+    for row in study.rows.values():
+        assert (results.command(*row, name) or "python train.py").startswith("python train.py")
     for label, head, sign, others, other_head in (*study.more, *(claim.decides for claim in study.claims)):
         assert {label, *np.ravel(others)} <= study.rows.keys() and {head, other_head} <= results.HEADS.keys()
         assert sign in ("<", "<=", "=") and (label, head) != (others, other_head)
