@@ -901,8 +901,10 @@ STUDIES = {
          "SLE, fixed": ("emoji, latent", "FID, fixed"), "SLE, released": ("emoji, latent", "FID"),
          "SLE, released, 146 samples": ("emoji, latent", "FID, 146 samples"),
          "held-out images": ("emoji", "held-out"), "a Gaussian per class": ("emoji", "Gaussian, 1,000")},
-        [("SE, fixed", f"FID {b}", "<", "SE, fixed", f"FID {a}") for a, b in ((1, 2), (2, 4))] +
-        [less(f"SLE, {how}", f"SE, {how}", "FID 4") for how in ("fixed", "released")],
+        [(row, f"FID {b}", "<", row, f"FID {a}") for row in ("SE, fixed", "SLE, released")
+         for a, b in ((1, 2), (2, 4), (4, 6))]
+        + [less(f"{system}, released", f"{system}, fixed", "FID 4") for system in ("SE", "SLE")]
+        + [less(f"SLE, {how}", f"SE, {how}", "FID 4") for how in ("fixed", "released")],
         [*(f"FID {T}" for T in STEPS), *(f"Fréchet {T}" for T in STEPS), "FID", "Fréchet", "rFID"]),
     "lpips": Study(
         "Does the perceptual distance help?",
@@ -1085,12 +1087,25 @@ def ratio(study, comparison):
     return max(ratios(study, comparison))
 
 
+def with_interval(study, comparison):
+    middle, low, high, _ = ratio(study, comparison)
+    return f"{middle:.2f}" + f" [{low:.2f}, {high:.2f}]" * (low < high)
+
+
 def in_words(study, comparison):
     """A sentence on a comparison."""
     label, head, _, _, other_head = comparison
-    middle, low, high, other = ratio(study, comparison)
-    interval = f" [{low:.2f}, {high:.2f}]" if low < high else ""
-    return f"{label}: {head} is {middle:.2f}{interval} times {other_head} of {other}"
+    other = ratio(study, comparison)[-1]
+    return f"{label}: {head} is {with_interval(study, comparison)} times {other_head} of {other}"
+
+
+def further_row(study, comparison):
+    """A line of a section's table of ratios."""
+    label, head, _, _, other_head = comparison
+    other = ratio(study, comparison)[-1]
+    pixels = by_pixels(study, comparison)
+    pixels = with_interval(study, pixels) if pixels else ""
+    return f"| {head} of {label} | {other_head} of {other} | {with_interval(study, comparison)} | {pixels} |"
 
 
 def by_pixels(study, comparison):
@@ -1100,19 +1115,22 @@ def by_pixels(study, comparison):
         return label, f"Fréchet {head.split()[1]}", sign, others, f"Fréchet {other_head.split()[1]}"
 
 
+FURTHER = "| not decided on | over | ratio | by raw pixels |\n| --- | --- | --- | --- |"
+
+
 def section(name, study):
     heads = [head for head in study.heads if any(values(study, label, head) for label in study.rows)]
     table = [["", *heads], ["---"] * (1 + len(heads))]
     table += [[label, *(shown(study, label, head) for head in heads)] for label in study.rows]
     decided = [f"- {claim.paper}{' (ours)' * claim.ours}: {claim.says}: **{verdict(study, claim.decides)}**. "
                f"{in_words(study, claim.decides)}." for claim in study.claims]
-    further = [in_words(study, comparison) for comparison in study.more]
+    further = [further_row(study, comparison) for comparison in study.more]
     commands = filter(None, (command(*row, name) for row in reversed(study.rows.values())))
     origins = {f"{found['machine']}, {found['date']}" for run, measure in study.rows.values()
                for seed in ALL_SEEDS if (found := measured(run, seed, measure))}
     counts = {len(values(study, label, head)) for label in study.rows for head in heads} - {0}
     return [f"## {name}", f"*{study.question}*", "\n".join(f"| {' | '.join(row)} |" for row in table),
-            "\n".join(decided), f"Also: {'; '.join(further)}." if further else "", f"The paper: {study.text}",
+            "\n".join(decided), "\n".join([FURTHER, *further]) if further else "", f"The paper: {study.text}",
             f"Training seeds per row: {min(counts)} to {max(counts)}. Measured on: "
             f"{'; '.join(sorted(origins))}.",
             f"```sh\n{next(commands, f'python notebooks/results.py {name}')}\n```"]
