@@ -1129,10 +1129,10 @@ def section(name, study):
     origins = {f"{found['machine']}, {found['date']}" for run, measure in study.rows.values()
                for seed in ALL_SEEDS if (found := measured(run, seed, measure))}
     counts = {len(values(study, label, head)) for label in study.rows for head in heads} - {0}
+    seeds = f"{min(counts)}" + f" to {max(counts)}" * (len(counts) > 1)
     return [f"## {name}", f"*{study.question}*", "\n".join(f"| {' | '.join(row)} |" for row in table),
             "\n".join(decided), "\n".join([FURTHER, *further]) if further else "", f"The paper: {study.text}",
-            f"Training seeds per row: {min(counts)} to {max(counts)}. Measured on: "
-            f"{'; '.join(sorted(origins))}.",
+            f"Training seeds per row: {seeds}. Measured on: {'; '.join(sorted(origins))}.",
             f"```sh\n{next(commands, f'python notebooks/results.py {name}')}\n```"]
 
 
