@@ -1172,7 +1172,8 @@ def draw_claims(names, path):
         axes.axhline(first_of_ours - 0.5, color="0.6", lw=0.8, ls=":")
     axes.set_yticks(range(len(rows)), [f"{claim.paper}: {claim.says}" for claim, _ in rows], fontsize=8)
     axes.set(xscale="log", xlim=(0.045, 22), ylim=(len(rows) - 0.5, -0.5))
-    figure.supxlabel("ratio: claimed below 1 (dots), at most 1.1 (triangles), 0.9 to 1.1 (diamonds)", fontsize=9)
+    figure.supxlabel("ratio: claimed below 1 (dots), at most 1.1 (triangles), 0.9 to 1.1 (diamonds)",
+                     fontsize=9)
     axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.05", "0.1", "0.2", "0.5", *"125", "10", "20"])
     figure.savefig(path, dpi=110)
 
