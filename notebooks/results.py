@@ -1087,25 +1087,24 @@ def ratio(study, comparison):
     return max(ratios(study, comparison))
 
 
-def with_interval(study, comparison):
-    middle, low, high, _ = ratio(study, comparison)
+def with_interval(middle, low, high):
     return f"{middle:.2f}" + f" [{low:.2f}, {high:.2f}]" * (low < high)
 
 
 def in_words(study, comparison):
     """A sentence on a comparison."""
     label, head, _, _, other_head = comparison
-    other = ratio(study, comparison)[-1]
-    return f"{label}: {head} is {with_interval(study, comparison)} times {other_head} of {other}"
+    *numbers, other = ratio(study, comparison)
+    return f"{label}: {head} is {with_interval(*numbers)} times {other_head} of {other}"
 
 
 def further_row(study, comparison):
-    """A line of a section's table of ratios."""
+    """Cells of a section's table of ratios."""
     label, head, _, _, other_head = comparison
-    other = ratio(study, comparison)[-1]
+    *numbers, other = ratio(study, comparison)
     pixels = by_pixels(study, comparison)
-    pixels = with_interval(study, pixels) if pixels else ""
-    return f"| {head} of {label} | {other_head} of {other} | {with_interval(study, comparison)} | {pixels} |"
+    pixels = with_interval(*ratio(study, pixels)[:3]) if pixels else ""
+    return [f"{head} of {label}", f"{other_head} of {other}", with_interval(*numbers), pixels]
 
 
 def by_pixels(study, comparison):
@@ -1115,41 +1114,42 @@ def by_pixels(study, comparison):
         return label, f"Fréchet {head.split()[1]}", sign, others, f"Fréchet {other_head.split()[1]}"
 
 
-FURTHER = "| not decided on | over | ratio | by raw pixels |\n| --- | --- | --- | --- |"
+def markdown(head, rows):
+    """A table, of lists of cells."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def section(name, study):
     heads = [head for head in study.heads if any(values(study, label, head) for label in study.rows)]
-    table = [["", *heads], ["---"] * (1 + len(heads))]
-    table += [[label, *(shown(study, label, head) for head in heads)] for label in study.rows]
+    table = markdown(["", *heads], [[label, *(shown(study, label, head) for head in heads)]
+                                    for label in study.rows])
     decided = [f"- {claim.paper}{' (ours)' * claim.ours}: {claim.says}: **{verdict(study, claim.decides)}**. "
                f"{in_words(study, claim.decides)}." for claim in study.claims]
-    further = [further_row(study, comparison) for comparison in study.more]
+    further = markdown(["not decided on", "over", "ratio", "by raw pixels"],
+                       [further_row(study, comparison) for comparison in study.more])
     commands = filter(None, (command(*row, name) for row in reversed(study.rows.values())))
     origins = {f"{found['machine']}, {found['date']}" for run, measure in study.rows.values()
                for seed in ALL_SEEDS if (found := measured(run, seed, measure))}
     counts = {len(values(study, label, head)) for label in study.rows for head in heads} - {0}
     seeds = f"{min(counts)}" + f" to {max(counts)}" * (len(counts) > 1)
-    return [f"## {name}", f"*{study.question}*", "\n".join(f"| {' | '.join(row)} |" for row in table),
-            "\n".join(decided), "\n".join([FURTHER, *further]) if further else "", f"The paper: {study.text}",
+    return [f"## {name}", f"*{study.question}*", table, "\n".join(decided), further * bool(study.more),
+            f"The paper: {study.text}",
             f"Training seeds per row: {seeds}. Measured on: {'; '.join(sorted(origins))}.",
             f"```sh\n{next(commands, f'python notebooks/results.py {name}')}\n```"]
 
 
 def claims_table(names, ours):
-    """The lines of the table of claims."""
-    lines = ["| paper | claim | the paper's number | here, ratio and 95 % interval | | by raw pixels |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for name in names:
         study = STUDIES[name]
         for claim in study.claims:
             if claim.ours == ours:
                 pixels = by_pixels(study, claim.decides)
                 pixels = f"{ratio(study, pixels)[0]:.2f}: {verdict(study, pixels)}" if pixels else ""
-                here = f"{in_words(study, claim.decides)} | **{verdict(study, claim.decides)}**"
-                lines.append(f"| {claim.paper} | [{claim.says}](#{name}) | {claim.number} | {here} | "
-                             f"{pixels} |")
-    return "\n".join(lines)
+                rows.append([claim.paper, f"[{claim.says}](#{name})", claim.number,
+                             in_words(study, claim.decides), f"**{verdict(study, claim.decides)}**", pixels])
+    return markdown(["paper", "claim", "the paper's number", "here, ratio and 95 % interval", "",
+                     "by raw pixels"], rows)
 
 
 def draw_claims(names, path):
