@@ -303,8 +303,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                 write_checkpoint(out / "model.pt", sampled, preset)
                 save(done)                                  # last: --resume trusts that all else is written
             if stops:
-                raise KeyboardInterrupt(f"interrupted after {done} of {total} iterations; everything is in "
-                                        f"{out / 'last.pt'}, --resume continues from there")
+                raise KeyboardInterrupt(f"interrupted after {done} iterations of {out}; all is saved, and the "
+                                        "same command with --resume continues")
             since = time.time()
         wait_for_all()                                      # the others may read it when it is written
     return out / "last.pt"
@@ -527,6 +527,7 @@ def open_tokenizer(preset, class_names, seed, device, stored):
         return load_tokenizer(stored["tokenizer"] if stored else path).to(device)
     if path in PRESETS:
         model = build_model(PRESETS[path], class_names, (1, 1), seeded(seed, "init"))
+        Objective(model, PRESETS[path])                     # are its perceptual network's weights there?
     else:
         model = load(path)
     if not isinstance(model, SphereEncoder) or model.image_size != (preset.image_size,) * 2:
@@ -1160,7 +1161,7 @@ def main(argv=None):
         if not name:
             preset = Preset(**stored["preset"])
         del stored                                          # gigabytes
-    changes = {f.name: given.pop(f.name) for f in fields(Preset) if f.name in given}
+    changes = {name: given.pop(name) for name in [*given] if hasattr(preset, name)}
     preset = replace(preset, **changes)
     refuse_unused({**given, **changes}, preset)
     if "epochs" in changes:

@@ -343,6 +343,17 @@ def test_a_tokenizer_may_be_a_preset_with_classes(tmp_path, monkeypatch):
     assert all(torch.equal(own[name], tensor) for name, tensor in held.items())
 
 
+def test_a_tokenizer_whose_perceptual_network_is_missing_leaves_no_run(tmp_path, monkeypatch):
+    def missing(url):
+        raise OSError("no VGG here")
+
+    monkeypatch.setattr("losses.pretrained", missing)
+    monkeypatch.setitem(PRESETS, "digits", replace(TINY, weights=(1.0, 1.0, 0.0, 0.0, 0.0)))
+    with pytest.raises(OSError, match="no VGG here"):
+        train.train(replace(TINY_LATENT, tokenizer="digits"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_writes_to_a_folder_until_it_is_killed(unbroken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "FileLock", lambda path, timeout: FileLock(path, 0))
     run = tmp_path / "run"
@@ -392,7 +403,7 @@ def test_ctrl_c_saves_says_where_and_resumes_exactly(
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     line = one_line(capsys, "train.py: ")
     assert exit.value.code == 130 and "interrupted" in line
-    assert len(signals) > 1 or str(tmp_path / "run" / "last.pt") in line and "--resume" in line
+    assert len(signals) > 1 or f"of {tmp_path / 'run'};" in line and "--resume" in line
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == stands
     command("--out", tmp_path / "run", "--resume")
     assert_same_run(tmp_path / "run", unbroken)
