@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import sys
 import zlib
 from dataclasses import replace
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                # tests run in as many processes as there are cores: -n auto
 os.environ["OMP_NUM_THREADS"] = "1"     # and so do the processes and notebooks that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's "command &" ignores Ctrl-C
 
 import models  # noqa: E402
 import train as train_module  # noqa: E402
