@@ -303,8 +303,8 @@ def train(preset, out, seed=0, resume=False, device=None, workers=4, accumulate=
                 write_checkpoint(out / "model.pt", sampled, preset)
                 save(done)                                  # last: --resume trusts that all else is written
             if stops:
-                raise KeyboardInterrupt(f"interrupted after {done} iterations of {out}; all is saved, and the "
-                                        "same command with --resume continues")
+                raise KeyboardInterrupt(f"interrupted after {done} iterations of {out}; all is saved, and "
+                                        "the same command with --resume continues")
             since = time.time()
         wait_for_all()                                      # the others may read it when it is written
     return out / "last.pt"

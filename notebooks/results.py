@@ -306,11 +306,11 @@ def transitions(model, data, held_out, frames=16):
     blends = torch.einsum("fe,pechw->pfchw", line(frames), lines[:, [0, -1]])
 
     parts = {"between": lines[:, 1:-1], "ends": lines[:, [0, -1]], "blend": blends[:, 1:-1]}
-    shares = {}
+    ends, shares = 2 * len(pairs), {}
     for name, x in parts.items():
         _, logits = reader()(to_uint8((x.flatten(0, 1) + 1) / 2))
         share = (logits.softmax(1).amax(1) < 0.9).double().mean().item()
-        shares[name] = (90 * share + 0.5) / 91              # of 90 ends; never 0, since ratios are taken
+        shares[name] = (ends * share + 0.5) / (ends + 1)    # never 0, since ratios are taken
     return {"unsure": shares}
 
 
@@ -627,8 +627,9 @@ STUDIES = {
                "18.68 / 8.28 / 2.72 / 1.65 at 1 / 2 / 4 / 6 steps (CIFAR-10)"),
          Claim("SE Sec. 3.2", "beyond six steps nothing changes",
                ("ten steps", "features 10", "=", "default", "features 6"))],
-        "gFID falls up to six steps on CIFAR-10, from four to six by 0.61 times; on large images \"performance "
-        "saturates beyond this point\". (The claim takes the largest contrast; the others are below.)",
+        "gFID falls up to six steps on CIFAR-10, from four to six by 0.61 times; on large images "
+        "\"performance saturates beyond this point\". (The claim takes the largest contrast; the others are "
+        "below.)",
         DEFAULT | {"ten steps": ("digits", "ten steps")},
         [("default", f"features {b}", "<", "default", f"features {a}") for a, b in ((1, 2), (2, 4), (4, 6))],
         [f"{short} {T}" for short in ("features", "Fréchet", "right", "recall") for T in (*STEPS, 10)]),
@@ -647,11 +648,11 @@ STUDIES = {
                less("default", "no latent consistency"),
                "13.58 to 7.53 from one to three (ImageNet, second hand)")],
         "Table 4 adds the terms one by one: pixel consistency \"significantly improves generation quality\"; "
-        "with latent consistency it is best. Two things the claims do "
-        "not show: reconstruction alone is from v_noisy, Eq. 7, and has not seen the large noise that samples "
-        "have; in the code it is from v_NOISY, and has. And pixel consistency is not tried on top of the other "
-        "two, but left out: see the ratios of both. (Our weights are 1, 1 and 0.02, the scripts' 1, 0.5 and 0.1 for "
-        "CIFAR-10, 50, 25 and 0.1 for ImageNet.)",
+        "with latent consistency it is best. Two things the claims do not show: reconstruction alone is from "
+        "v_noisy, Eq. 7, and has not seen the large noise that samples have; in the code it is from v_NOISY, "
+        "and has. And pixel consistency is not tried on top of the other two, but left out: see the ratios "
+        "of both. (Our weights are 1, 1 and 0.02, the scripts' 1, 0.5 and 0.1 for CIFAR-10, 50, 25 and 0.1 "
+        "for ImageNet.)",
         DEFAULT | runs("reconstruction alone", "reconstruction from v_NOISY", "no pixel consistency",
                        "no latent consistency"),
         each("no latent consistency", ["reconstruction from v_NOISY"])
@@ -682,8 +683,8 @@ STUDIES = {
          Claim("SE Sec. 1", "covering the sphere costs no reconstruction",
                less("80 degrees", "45 degrees", "MSE", "<="), ours=True)],
         "At small angles \"the decoder reconstructs images well\", but generation fails; and yet \"we can "
-        "achieve both uniformity and accurate reconstruction simultaneously\", which does not say that it costs "
-        "nothing.",
+        "achieve both uniformity and accurate reconstruction simultaneously\", which does not say that it "
+        "costs nothing.",
         runs("45 degrees", "60 degrees", "80 degrees"),
         each("45 degrees", ["60 degrees"], "MSE") + each("60 degrees", ["80 degrees"], "MSE"),
         ("MSE", *USUAL)),
@@ -700,8 +701,8 @@ STUDIES = {
         "A tenth of the samples between 80 and 85 degrees improves one and four steps; up to 89 quality "
         "falls, with \"gradient explosions\". (The paper draws uniformly in the angle, its code in sigma. "
         "Gradient: of the second half of the training the largest norm over the median one, of means of ten "
-        "iterations, before clipping; 1,000 if the training failed. A larger spike, of whatever "
-        "size, is less than an explosion, and those of the first half are not seen.)",
+        "iterations, before clipping; 1,000 if the training failed. A larger spike, of whatever size, is "
+        "less than an explosion, and those of the first half are not seen.)",
         {"none": ("80 degrees", ""), "to 85 (default)": ("digits", ""), "to 89": ("hard to 89", ""),
          "none, in the angle": ("no hard cases, in the angle", ""),
          "to 85, in the angle": ("hard to 85, in the angle", ""),
@@ -820,8 +821,8 @@ STUDIES = {
         "Does the encoder need the class?",
         [Claim("SE Sec. 4", "if the encoder is not told the class, more samples are of another one",
                less("blind encoder", "default", "right 1"))],
-        "If a class's latents lie in one region, \"conditional generation may fail\". (With nearly all of these "
-        "samples right, there is little room to be better.)",
+        "If a class's latents lie in one region, \"conditional generation may fail\". (With nearly all of "
+        "these samples right, there is little room to be better.)",
         DEFAULT | runs("blind encoder"), each("default", ["blind encoder"], "features 1", "features 4")),
     "told": Study(
         "Which class for a reconstruction?",
@@ -829,8 +830,8 @@ STUDIES = {
                ("default", "MSE, null", "<=", "default", "MSE, own class"), ours=True),
          Claim("SE Sec. 2.4", "told a random class, too",
                ("default", "MSE, random class", "<=", "default", "MSE, own class"), ours=True)],
-        "\"Using either random class embeddings or the null embedding is effective\"; it is not compared with "
-        "the own class.",
+        "\"Using either random class embeddings or the null embedding is effective\"; it is not compared "
+        "with the own class.",
         {"default": ("digits", "told")}, (), ("MSE, null", "MSE, random class", "MSE, own class")),
     "transitions": Study(
         "Are there hybrids between classes?",
@@ -840,8 +841,7 @@ STUDIES = {
                ("default", "unsure", "<", "default", "unsure, blend"), ours=True)],
         "\"Fast/sudden transitions between image classes rather than producing\" hybrids; it shows pictures. "
         "(Share of the images between two random points of two classes that a CNN takes for no class with a "
-        "probability of 0.9; blends are of their two ends, in pixels. A CNN may also be "
-        "sure of a hybrid.)",
+        "probability of 0.9; blends are of their two ends, in pixels. A CNN may also be sure of a hybrid.)",
         {"default": ("digits", "transitions")}, (), ("unsure", "unsure, ends", "unsure, blend")),
     "copies": Study(
         "Are samples copies?", [],
@@ -922,10 +922,10 @@ STUDIES = {
         "Does the perceptual distance help?",
         [Claim("SE Sec. 2.3", "in equal time a perceptual distance generates better than smooth L1 alone",
                less("with LPIPS, equal time", "smooth L1 alone", "FID 4"), ours=True)],
-        "Pixels are compared by smooth L1 and by features of a static VGG. (The paper does not speak of time; on "
-        "a CPU VGG takes two thirds of an iteration, on a GPU less. Preset `emoji`, with and without "
-        "its two perceptual terms, whose weights are 1: 2,000 iterations each; and with them 600, which take "
-        "about as long as 2,000 without.)",
+        "Pixels are compared by smooth L1 and by features of a static VGG. (The paper does not speak of "
+        "time; on a CPU VGG takes two thirds of an iteration. Preset `emoji`, with and without its "
+        "two perceptual terms, whose weights are 1: 2,000 iterations each; and with them 600, which take about as "
+        "long as 2,000 without.)",
         {"with LPIPS": ("emoji", "FID"), "with LPIPS, equal time": ("emoji, as long", "FID, 1 and 4 steps"),
          "smooth L1 alone": ("emoji, pixels alone", "FID, 1 and 4 steps")},
         [less(label, "smooth L1 alone", head) for label in ("with LPIPS, equal time", "with LPIPS")
@@ -1014,9 +1014,14 @@ def asked(name, label):
     seeds = EMOJI_SEEDS if name in EMOJI else SEEDS
     if STUDIES[name].rows[label][1] in OF_DATA:
         return seeds[:1]
-    deciding = {decides for claim in STUDIES[name].claims
-                for decides in (claim.decides[0], *np.ravel(claim.decides[3]))}
+    deciding = {decides for claim in STUDIES[name].claims for decides in deciding_rows(claim)}
     return seeds[:5 if label in deciding else 3]
+
+
+def deciding_rows(claim):
+    """Labels of the rows that its comparison is of."""
+    label, _, _, others, _ = claim.decides
+    return label, *np.ravel(others)
 
 
 def own(run, seed, measure):
@@ -1135,10 +1140,11 @@ def markdown(head, rows):
 
 def section(name, study):
     heads = [head for head in study.heads if any(values(study, label, head) for label in study.rows)]
-    seeds = {label: max(len(values(study, label, head)) for head in heads) for label in study.rows}
-    table = markdown(["", "seeds", *heads], [[label, f"{seeds[label]}", *(shown(study, label, head)
-                                                                          for head in heads)]
-                                             for label in study.rows])
+    rows = []
+    for label in study.rows:
+        seeds = max(len(values(study, label, head)) for head in heads)
+        rows.append([label, f"{seeds}", *(shown(study, label, head) for head in heads)])
+    table = markdown(["", "seeds", *heads], rows)
     decided = [f"- {claim.paper}{' (ours)' * claim.ours}: {claim.says}: **{verdict(study, claim.decides)}**. "
                f"{in_words(study, claim.decides)}." for claim in study.claims]
     further = markdown(["not decided on", "over", "ratio", "by raw pixels"],
@@ -1170,12 +1176,11 @@ def counts(names):
     """What the introduction counts: claims of the papers, and of all, by their verdicts."""
     claims = [(STUDIES[name], claim) for name in names for claim in STUDIES[name].claims]
     verdicts = [verdict(study, claim.decides) for study, claim in claims if not claim.ours]
-    pairs = [(claim.decides, by_pixels(study, claim.decides), study) for study, claim in claims]
-    both = [(verdict(study, one), verdict(study, other)) for one, other, study in pairs if other]
-    default = [study.rows[claim.decides[0]][0] == "digits" for study, claim in claims]
+    differ = [verdict(study, claim.decides) != verdict(study, pixels) for study, claim in claims
+              if (pixels := by_pixels(study, claim.decides))]
+    same = ["digits" in [study.rows[label][0] for label in deciding_rows(claim)] for study, claim in claims]
     return {"claims": len(verdicts), **{kind: verdicts.count(kind) for kind in COLORS}, "all": len(claims),
-            "missed": 0.05 * len(claims), "same": sum(default), "compared": len(both),
-            "differ": sum(one != other for one, other in both)}
+            "missed": 0.05 * len(claims), "same": sum(same), "compared": len(differ), "differ": sum(differ)}
 
 
 def draw_claims(names, path):
@@ -1220,7 +1225,8 @@ def report():
             sections += filter(None, section(name, study))
         elif name in was:
             sections.append(was[name])
-    parts = [INTRODUCTION.format(**counts(complete))]
+    numbers = counts(complete)
+    parts = [INTRODUCTION.format(**numbers)]
     if complete:
         draw_claims(complete, HERE / "figures" / "claims.png")
         for title, ours in (("## The papers' claims", False), ("## Ours", True)):
@@ -1231,7 +1237,7 @@ def report():
         parts += ["Not measured by features yet, but by pixels, on training seeds 0 to 2, by older rules: "
                   + ", ".join(f"[{name}](#{name})" for name in others) + ".",
                   "\n".join(line for line in older if not any(f"](#{name}) |" in line for name in complete))]
-    above = "\n\n".join([*parts, MEASURED.format(few=FEW, **counts(complete)), HISTORY, NOT_TRIED, *sections])
+    above = "\n\n".join([*parts, MEASURED.format(few=FEW, **numbers), HISTORY, NOT_TRIED, *sections])
     path.write_text(f"{above}\n\n----\n{below}", encoding="utf-8")
 
 

@@ -79,10 +79,10 @@ def test_fids_of_the_readme_are_those_of_results():
     section = RESULTS.partition("## fid\n")[2].partition("\n## ")[0]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (
         line.split("|") for line in section.splitlines() if line.startswith("|"))}
+    places = [rows[""].index(head) for head in ("FID 1", "FID 2", "FID 4", "FID 6", "rFID")]
     for label in ("SE, fixed", "SE, released", "SLE, fixed", "SLE, released"):
         line = label.replace("released", "decay")
         [cells] = re.findall(rf"^\| {re.escape(line)} \|(.*)\|$", README, re.M)
-        places = [rows[""].index(head) for head in ("FID 1", "FID 2", "FID 4", "FID 6", "rFID")]
         assert [cell.strip() for cell in cells.split("|")] == [rows[label][place] for place in places]
     for label, head in (("held-out images", "FID"), ("SLE, released, 146 samples", "FID 4"),
                         ("a Gaussian per class", "FID")):

@@ -59,7 +59,7 @@ CELLS = {"base": [1.0, 2.0, 4.0], "a tenth less": [0.9, 1.8, 3.6], "scattered": 
 
 
 @pytest.mark.parametrize("label, sign, others, verdict", [
-    ("a tenth less", "<", "base", "holds"),                 # though their ranges overlap: pairs of seeds count
+    ("a tenth less", "<", "base", "holds"),                # though their ranges overlap: pairs of seeds count
     ("base", "<", "a tenth less", "contradicted"), ("scattered", "<", "base", "open"),
     ("base", "<", ["a fifth more", "a third more"], "holds"),
     ("base", "<", ["a fifth more", "scattered"], "open"),                   # of several, all count
