@@ -923,9 +923,9 @@ STUDIES = {
         [Claim("SE Sec. 2.3", "in equal time a perceptual distance generates better than smooth L1 alone",
                less("with LPIPS, equal time", "smooth L1 alone", "FID 4"), ours=True)],
         "Pixels are compared by smooth L1 and by features of a static VGG. (The paper does not speak of "
-        "time; on a CPU VGG takes two thirds of an iteration. Preset `emoji`, with and without its "
-        "two perceptual terms, whose weights are 1: 2,000 iterations each; and with them 600, which take about as "
-        "long as 2,000 without.)",
+        "time; on a CPU VGG takes two thirds of an iteration. Preset `emoji`, with and without its two "
+        "perceptual terms, whose weights are 1: 2,000 iterations each; and with them 600, which take about "
+        "as long as 2,000 without.)",
         {"with LPIPS": ("emoji", "FID"), "with LPIPS, equal time": ("emoji, as long", "FID, 1 and 4 steps"),
          "smooth L1 alone": ("emoji, pixels alone", "FID, 1 and 4 steps")},
         [less(label, "smooth L1 alone", head) for label in ("with LPIPS, equal time", "with LPIPS")
